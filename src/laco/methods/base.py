@@ -1,31 +1,42 @@
 """The contract of a compression method: a frozen dataclass that is its own configuration.
 
-A method is pure tensor mathematics. It knows nothing of transformers or of any model; `laco.families` knows models and
-nothing of methods; `laco.surgery` brings both together.
+A method is pure tensor mathematics. It knows nothing of transformers or of any model; `laco.families` knows
+models and nothing of methods; `laco.surgery` brings both together.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from functools import cache
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from laco.errors import LacoError
-from laco.grid import ODD_RULES, Grid, OddRule, merged_grid
+from laco.grid import Grid, OddRule, merged_grid
 
 Place = Literal["encoder", "external"]
 
 
+@cache
+def _field_types(cls: type["Method"]) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(cls)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(cls)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """What every method has: a name, a place, and capabilities that are checked when it is applied.
 
     Args:
-        depth: fraction of the encoder layers that run before compressing, in (0, 1]; 1 = external, after the last.
+        depth: fraction of the encoder layers that run before compressing, in (0, 1]; 1 = external, after
+            the last.
         layer: that count k itself, instead of `depth`.
 
-    Class data: `name` (of the registry and of saved files), `title`, `paper`, `confirmed` and `assumed` (what is
-    known from the source, what is our choice), `places`, `needs` (of "attention", "text", "cls"), `trained` (has
-    parameters that want training), `static_count` (the number of tokens is known before any feature exists).
+    Class data: `name` (of the registry and of saved files), `title`, `paper`, `confirmed` and `assumed` (what
+    is known from the source, what is our choice), `places`, `needs` (of "attention", "text", "cls"),
+    `trained` (has parameters that want training), `static_count` (the number of tokens is known before any
+    feature exists).
     """
 
     depth: float | None = None
@@ -43,20 +54,30 @@ class Method:
     default_depth: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
+        # Settings come from Python, YAML, JSON and the command line: every one is held to its declared type.
+        for name, declared in _field_types(type(self)).items():
+            value = getattr(self, name)
+            try:
+                declared.validate_python(value, strict=True)
+            except ValidationError as error:
+                wanted = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
+                raise LacoError(f"{self.name}: {name}={value!r} does not fit: {wanted}") from None
         if self.depth is not None and self.layer is not None:
             raise LacoError("give depth or layer, not both")
         if self.depth is not None and not 0 < self.depth <= 1:
             raise LacoError(f"depth must lie in (0, 1], 1 meaning after the last layer; got {self.depth}")
         if self.layer is not None and self.layer < 1:
-            raise LacoError(f"layer counts the encoder layers that run before compressing, so 1 or more; got {self.layer}")
+            raise LacoError(
+                f"layer counts the encoder layers that run before compressing, so 1 or more; got {self.layer}"
+            )
 
     def layer_in(self, num_layers: int, last: int | None = None) -> int:
         """The layer count k in an encoder of `num_layers` layers.
 
         Args:
             num_layers: layers of the encoder.
-            last: the layer whose output the language model reads, if not the last (LLaVA-1.5 reads the last but one);
-                depth 1 means after this one.
+            last: the layer whose output the language model reads, if not the last (LLaVA-1.5 reads the last
+                but one); depth 1 means after this one.
 
         Returns:
             k in 1..last: round(depth * num_layers), the convention of the paper's LaCo@f (rounding assumed).
@@ -82,6 +103,22 @@ class Method:
         return cls(**values)
 
 
+class MergerModule(nn.Module):
+    """What a merger builds: says what it `sees`, and initialises itself and everything below it.
+
+    A subclass that wants more than torch's own initialisation extends `reset_parameters` and calls it at the
+    end of its constructor.
+    """
+
+    sees: ClassVar[Literal["windows", "map"]] = "windows"
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter below, in place; also after `to_empty`, whose memory holds anything."""
+        for part in self.modules():
+            if part is not self and callable(reset := getattr(part, "reset_parameters", None)):
+                reset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Merger(Method):
     """Merges every r x r window of neighbouring tokens into one, so a grid stays a grid.
@@ -89,38 +126,38 @@ class Merger(Method):
     `build` gives the width-preserving module that can stand after any layer. Its module declares `sees`:
     "windows" (forward takes (..., r * r, C) and gives (..., C), tokens of a window in row-major order) or
     "map" (forward takes (B, H, W, C), sides divisible by r, and gives (B, H/r, W/r, C)), and has
-    `reset_parameters()`, which initialises every parameter below it so that the model works at once where it can.
+    `reset_parameters()`, which initialises every parameter below it so that the model works at once where
+    it can.
 
-    A method whose paper has it as the connector between encoder and language model also gives `build_projector`:
-    used when the method is external, in the place of the model's own projector.
+    A method whose paper has it as the connector between encoder and language model also gives
+    `build_projector`: used when the method is external, in the place of the model's own projector.
 
     Args:
         factor: window side r >= 1; 1/r^2 of the tokens remain.
-        odd: what to do with a grid that r does not divide: `pad`, `resize`, `crop` or `error` (see `grid.fit_map`).
+        odd: what to do with a grid that r does not divide: `pad`, `resize`, `crop` or `error` (see
+            `grid.fit_map`).
     """
 
     factor: int = 2
     odd: OddRule = "pad"
 
     is_projector: ClassVar[bool] = False
-    # Relative depths of further hidden states that the projector reads beside the last, concatenated on channels.
+    # Relative depths of further hidden states that the projector reads before the last, joined on channels.
     projector_levels: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.factor < 1:
             raise LacoError(f"factor must be 1 or more; got {self.factor}")
-        if self.odd not in ODD_RULES:
-            raise LacoError(f"odd must be one of {', '.join(ODD_RULES)}; got {self.odd!r}")
 
     def num_tokens(self, grid: Grid) -> Grid:
         """The grid after merging, before any feature exists."""
         return merged_grid(grid, self.factor, self.odd)
 
-    def build(self, width: int) -> nn.Module:
+    @abstractmethod
+    def build(self, width: int) -> MergerModule:
         """The width-preserving module for tokens of `width` channels."""
-        raise NotImplementedError
 
-    def build_projector(self, width: int, out_width: int) -> nn.Module:
-        """The paper's connector: `width` encoder channels (times levels, the last hidden state last) -> `out_width`."""
-        raise NotImplementedError
+    def build_projector(self, width: int, out_width: int) -> MergerModule:
+        """The paper's connector: (..., levels * width), the last hidden state last, -> (..., out_width)."""
+        raise LacoError(f"{self.name} is no projector; after the last layer it stands before the model's own")

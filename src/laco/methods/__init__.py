@@ -1,0 +1,89 @@
+"""Compression methods: what there is, by name, and from saved settings.
+
+A package outside this tree adds its own through the entry point group `laco.methods`, name = the method's
+class.
+"""
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from laco.errors import LacoError
+from laco.methods.average_pool import AveragePool
+from laco.methods.base import Merger, MergerModule, Method, Place
+from laco.methods.laco import LaCo
+from laco.methods.pixel_shuffle import PixelShuffle
+
+__all__ = [
+    "AveragePool",
+    "LaCo",
+    "Merger",
+    "MergerModule",
+    "Method",
+    "PixelShuffle",
+    "Place",
+    "catalogue",
+    "from_dict",
+    "get",
+    "registry",
+]
+
+BUILT_IN: tuple[type[Method], ...] = (LaCo, AveragePool, PixelShuffle)
+
+
+@cache
+def registry() -> dict[str, type[Method]]:
+    """Every method by its name: the built-in ones, then those of installed packages.
+
+    Raises:
+        LacoError: an entry point is no method, or takes a name that is in use.
+    """
+    methods = {method.name: method for method in BUILT_IN}
+    for entry in entry_points(group="laco.methods"):
+        method = entry.load()
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise LacoError(
+                f"the entry point {entry.value!r} of group laco.methods is no laco.methods.Method"
+            )
+        if method.name in methods:
+            raise LacoError(
+                f"the entry point {entry.value!r} of group laco.methods reuses the name {method.name!r}"
+            )
+        methods[method.name] = method
+    return methods
+
+
+def get(name: str) -> type[Method]:
+    """The class of the method called `name`; an unknown name raises `LacoError` and says which is nearest."""
+    methods = registry()
+    if name in methods:
+        return methods[name]
+    near = get_close_matches(str(name), methods, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(methods)}"
+    raise LacoError(f"there is no method {name!r}; {hint}")
+
+
+def from_dict(data: dict[str, Any]) -> Method:
+    """The inverse of `Method.to_dict`: the name under "method" and every other setting of that method."""
+    if "method" not in data:
+        raise LacoError('the settings of a method need its name under "method"')
+    return get(data["method"]).from_fields({key: value for key, value in data.items() if key != "method"})
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """One row a method for `laco methods`: name, title, places, needs, trained, static_count, sources."""
+    return [
+        {
+            "name": method.name,
+            "title": method.title,
+            "places": sorted(method.places),
+            "needs": sorted(method.needs),
+            "trained": method.trained,
+            "static_count": method.static_count,
+            "paper": method.paper,
+            "confirmed": method.confirmed,
+            "assumed": method.assumed,
+        }
+        for method in registry().values()
+    ]
