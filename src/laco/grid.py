@@ -113,4 +113,4 @@ def pool_map(x_BHWC: Tensor, factor: int, odd: str = "pad") -> Tensor:
 
 def split_prefix(x_BNC: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Splits prefix tokens (CLS, registers), which are never merged, from patch tokens."""
-    return torch.split(x_BNC, [prefix, x_BNC.shape[1] - prefix], dim=1)
+    return x_BNC[:, :prefix], x_BNC[:, prefix:]

@@ -13,23 +13,29 @@ from laco.errors import LacoError
 from laco.methods.average_pool import AveragePool
 from laco.methods.base import Merger, MergerModule, Method, Place
 from laco.methods.laco import LaCo
+from laco.methods.ldpv2 import LDPv2
 from laco.methods.pixel_shuffle import PixelShuffle
+from laco.methods.token_packer import TokenPacker
+from laco.methods.window_merger import WindowMerger
 
 __all__ = [
     "AveragePool",
+    "LDPv2",
     "LaCo",
     "Merger",
     "MergerModule",
     "Method",
     "PixelShuffle",
     "Place",
+    "TokenPacker",
+    "WindowMerger",
     "catalogue",
     "from_dict",
     "get",
     "registry",
 ]
 
-BUILT_IN: tuple[type[Method], ...] = (LaCo, AveragePool, PixelShuffle)
+BUILT_IN: tuple[type[Method], ...] = (LaCo, AveragePool, PixelShuffle, LDPv2, TokenPacker, WindowMerger)
 
 
 @cache

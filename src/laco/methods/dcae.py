@@ -1,4 +1,4 @@
-"""DC-AE's parameter-free shortcuts (arXiv 2410.10733, section 3.2), from which LaCo's comes.
+"""DC-AE's parameter-free shortcuts (arXiv 2410.10733), from which LaCo's comes.
 
 They work in torch's channel-major order, channel c * f^2 + dr * f + dc, on channel-first maps. Confirmed:
 order and formulas of both directions.
@@ -22,7 +22,7 @@ def averaging_shortcut(x_BCHW: Tensor, out_channels: int, factor: int) -> Tensor
     channels, height, width = x_BCHW.shape[1:]
     if channels * factor**2 % out_channels or height % factor or width % factor:
         raise LacoError(
-            f"{channels} channels on {height} x {width} cannot be averaged into {out_channels} at factor {factor}:"
+            f"{channels} channels on {height} x {width} do not fit into {out_channels} at factor {factor}:"
             f" it must divide both sides, and {out_channels} must divide {channels * factor**2}"
         )
     wide = F.pixel_unshuffle(x_BCHW, factor)
