@@ -1,0 +1,253 @@
+"""Saving and loading: whole models in the plain Hugging Face layout, and compressors alone.
+
+Only safetensors are read and nothing in a checkpoint is ever executed. Everything is written as a whole or
+not at all.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from laco._version import __version__
+from laco.errors import LacoError
+from laco.families import Family, Step, family_of
+from laco.families.encoders import encoder_of
+from laco.files import atomic_directory
+from laco.methods import Method
+from laco.surgery import compress, set_steps
+
+CONFIG = "compressor_config.json"
+WEIGHTS = "compressor.safetensors"
+
+
+def from_pretrained(
+    source: str | Path, compressor: Method | str | Path | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a model, stock or compressed, and its processor.
+
+    Args:
+        source: a directory, or a name on the hub.
+        compressor: a method to compress the model with, or a directory of `save_compressor`.
+        kwargs: of the model's `from_pretrained`, e.g. `dtype`, `device_map`, `attn_implementation`.
+
+    Raises:
+        LacoError: there is no such model, a file is damaged, weights are no safetensors, or a key is missing,
+            extra or has another shape than the configuration says.
+    """
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below instead of by transformers
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except LacoError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LacoError(f"cannot load {source}: {' '.join(str(error).split())}") from error
+    model, info = loaded
+    shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    refuse_difference(str(source), info["missing_keys"], info["unexpected_keys"], shapes)
+    if isinstance(compressor, Method):
+        compress(model, processor, compressor)
+    elif compressor is not None:
+        load_compressor(model, processor, compressor)
+    return model, processor
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    directory: str | Path,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Saves a whole model with its processor in the plain Hugging Face layout, all of it or nothing.
+
+    `extra_files` are texts to save beside, by their names: a recipe, a log.
+
+
+    A directory that is there already is replaced, unless it holds other things: `LacoError`, as for a full
+    disk.
+    """
+    with atomic_directory(directory) as beside:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        for name, text in (extra_files or {}).items():
+            (beside / name).write_text(text)
+
+
+def save_compressor(model: PreTrainedModel, directory: str | Path) -> None:
+    """Saves the compressors of a model alone: compressor_config.json, compressor.safetensors, README.md.
+
+    The rest of the model is not saved, trained or not; it is to come from the base model when loading.
+    """
+    family = family_of(model)
+    steps = family.steps(model.config)
+    if not steps:
+        raise LacoError("the model is not compressed, so there is no compressor to save")
+    tensors = {
+        f"{place}.{key}": tensor.detach().contiguous()
+        for place, compressor in family.compressors(model).items()
+        for key, tensor in compressor.state_dict().items()
+    }
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise LacoError("the model is on the meta device, so its compressor has no weights to save")
+    config = {
+        "laco_version": __version__,
+        "base_model": model.name_or_path or None,
+        "base": base_of(family, model),
+        "compression": [step.to_dict() for step in steps],
+    }
+    with atomic_directory(directory) as beside:
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt", "laco_version": __version__})
+        (beside / "README.md").write_text(model_card(config, steps))
+
+
+def load_compressor(
+    model: PreTrainedModel, processor: ProcessorMixin | None, directory: str | Path
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """Puts saved compressors into the model that they were made for, in place.
+
+    Args:
+        model: uncompressed, or compressed by the very same settings, then only the weights are replaced.
+        processor: as for `compress`.
+        directory: of `save_compressor`.
+
+    Raises:
+        LacoError: a file is missing or damaged, the model has another family, encoder or geometry than the
+            base, or weights are missing, extra or of another shape. Nothing has changed then.
+    """
+    family, directory = family_of(model), Path(directory)
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        tensors = load_file(directory / WEIGHTS)
+        steps = [Step.from_dict(data) for data in config["compression"]]
+        base = dict(config["base"])
+    except LacoError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise LacoError(f"{directory} holds no compressor that can be read: {error}") from error
+    for name, found in base_of(family, model).items():
+        if base.get(name) != found:
+            raise LacoError(
+                f"the compressor was made for another model: its {name} is {base.get(name)}, here it is"
+                f" {found}"
+            )
+    present = family.steps(model.config)
+    if present and present != steps:
+        raise LacoError(
+            "the model is already compressed in another way; load the compressor into the base model"
+        )
+
+    widths = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+    with torch.device("meta"):
+        wanted = {
+            f"{place}.{key}": tuple(tensor.shape)
+            for place, compressor in built(steps, *widths).items()
+            for key, tensor in compressor.state_dict().items()
+        }
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    shapes = {key: (found[key], wanted[key]) for key in found.keys() & wanted if found[key] != wanted[key]}
+    refuse_difference(str(directory), wanted.keys() - found, found.keys() - wanted, shapes)
+
+    if not present:
+        set_steps(model, processor, steps)
+    elif processor is not None:
+        family.check_processor(processor, model.config)
+    for place, compressor in family.compressors(model).items():
+        prefix = f"{place}."
+        compressor.load_state_dict(
+            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        )
+    return model, processor
+
+
+def built(steps: list[Step], width: int, text_width: int) -> dict[str, nn.Module]:
+    """New modules of these steps, by the names of `Family.compressors`."""
+    return {
+        "projector" if step.place == "projector" else f"layers.{step.layer}": (
+            step.merger.build_projector(width, text_width)
+            if step.place == "projector"
+            else step.merger.build(width)
+        )
+        for step in steps
+    }
+
+
+def base_of(family: Family, model: PreTrainedModel) -> dict[str, Any]:
+    """What a model must have in common with the one that a compressor was made for."""
+    vision = model.config.vision_config
+    return {
+        "family": family.name,
+        "encoder": encoder_of(vision).name,
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "text_width": model.config.text_config.hidden_size,
+        "image_size": vision.image_size,
+        "grid": list(family.own_grid(model.config)),
+    }
+
+
+def refuse_difference(
+    source: str, missing: Any, extra: Any, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    """Raises `LacoError` that names what is missing, extra or misshaped (found, wanted), if anything is."""
+    problems = [f"{listed(missing)} missing"] if missing else []
+    problems += [f"{listed(extra)} not expected"] if extra else []
+    problems += [
+        f"{key} has shape {found} instead of {wanted}" for key, (found, wanted) in sorted(shapes.items())[:3]
+    ]
+    if problems:
+        raise LacoError(f"the weights in {source} do not fit their configuration: {'; '.join(problems)}")
+
+
+def listed(keys: Any, most: int = 3) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def model_card(config: dict[str, Any], steps: list[Step]) -> str:
+    """README.md of a saved compressor."""
+    base, layers = config["base_model"] or "BASE_MODEL", config["base"]["layers"]
+    rows = [
+        f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |"
+        for step in steps
+    ]
+    sources = "\n".join(f"- {step.merger.title}: {step.merger.paper}" for step in steps)
+    return f"""---
+library_name: laco
+base_model: {base}
+tags: [visual-token-compression]
+---
+
+# Visual-token compressor for {base}
+
+| method | place | after layer | factor |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+Only the compressor is here; everything else comes from the base model. Made with laco
+{config["laco_version"]} for family {config["base"]["family"]}, encoder {config["base"]["encoder"]},
+{config["base"]["image_size"]} pixels.
+
+```python
+import laco
+
+model, processor = laco.from_pretrained({base!r}, compressor="this directory")
+```
+
+All settings are in `{CONFIG}`. Sources:
+
+{sources}
+"""

@@ -1,0 +1,120 @@
+"""Writing so that nothing half-written is ever seen: beside the target, to the disk, then into its place."""
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from laco.errors import LacoError
+
+# What saved models and compressors consist of; an existing directory with anything else is not replaced.
+OUR_SUFFIXES = frozenset({".json", ".jinja", ".jsonl", ".md", ".model", ".safetensors", ".txt"})
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Writes a directory as a whole: gives a new one to write into, which takes the place of `path` at the
+    end.
+
+    After an exception, a full disk or a kill, `path` is as it was. A kill may leave the unfinished directory
+    behind, hidden beside `path`.
+
+    Raises:
+        LacoError: the disk is full or may not be written, `path` is a file, or a directory that holds other
+            things than those just written and files of saved models. Nothing has changed then.
+    """
+    path = Path(path).absolute()
+    try:
+        if path.exists() and not path.is_dir():
+            raise LacoError(f"{path} is a file; give the name of a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield beside
+            if path.exists():
+                refuse_foreign(path, beside)
+            beside.chmod(0o777 & ~current_umask())
+            sync(beside)
+            put_in_place(beside, path)
+            sync_entry(path.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise LacoError(f"cannot write {path}: {reason}; nothing has changed") from error
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a file as a whole; after an error or a kill `path` is as it was. Raises as above."""
+    path = Path(path).absolute()
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(beside, 0o666 & ~current_umask())
+            os.replace(beside, path)
+            sync_entry(path.parent)
+        finally:
+            Path(beside).unlink(missing_ok=True)
+    except OSError as error:
+        raise LacoError(f"cannot write {path}: {error.strerror or error}; nothing has changed") from error
+
+
+def refuse_foreign(old: Path, new: Path) -> None:
+    """A directory is replaced only if nothing but a saved model can be lost by it."""
+    for entry in sorted(old.iterdir()):
+        if not (new / entry.name).exists() and (entry.is_dir() or entry.suffix not in OUR_SUFFIXES):
+            raise LacoError(f"{old} holds other things, such as {entry.name}; give a new or empty directory")
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Moves a directory to `path`; what was there is afterwards at `new`. One step where the system can."""
+    if not path.exists():
+        os.rename(new, path)
+    elif not exchange(new, path):
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.rename(path, old)
+        os.rename(new, path)
+        os.rename(old, new)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step (renameat2 of Linux); False where the system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def sync(directory: Path) -> None:
+    """Brings everything below a directory to the disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            sync_entry(Path(root) / name)
+        sync_entry(Path(root))
+
+
+def sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

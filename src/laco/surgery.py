@@ -1,0 +1,200 @@
+"""Puts a method at a place in a model and takes it out again, in place.
+
+A model is compressed by building its encoder anew from a configuration that records the compression, on the
+meta device, and moving the very same parameters and buffers over. Only the compressor itself is allocated.
+Everything that can fail is done before the first change, so after an error model and processor are as they
+were.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from laco.errors import LacoError
+from laco.families import Family, Step, family_of
+from laco.families.connector import Connector
+from laco.families.encoders import CompressedVisionModel, encoder_of
+from laco.families.steps import effective_patch_size
+from laco.methods import Merger, Method
+
+
+def compress(
+    model: PreTrainedModel, processor: ProcessorMixin | None, method: Method
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """Puts a compressor into a model, in place.
+
+    Args:
+        model: of a family that laco knows (`laco.families()`), stock or already compressed at other places.
+            Any device, the meta device too; dtype, training mode, `requires_grad`, attention and gradient
+            checkpointing stay as they are. The compressor gets dtype and device of the encoder.
+        processor: that of the model; from then on it counts the placeholder tokens that remain. None if there
+            is none.
+        method: a merger. After the last layer that the language model reads, it stands in the place of the
+            projector if it `is_projector`.
+
+    Returns:
+        The same two objects.
+
+    Raises:
+        LacoError: unknown family or encoder, a processor that does not match, a layer past the end, a place
+            that is taken or behind a layer that the language model reads, a factor that does not fit the
+            grid, an encoder that was quantised, wrapped by adapters or spread over devices. Nothing has
+            changed then.
+    """
+    family = family_of(model)
+    step = place(method, family, model.config)
+    steps = family.steps(model.config)
+    if taken := [other for other in steps if other.layer == step.layer]:
+        raise LacoError(
+            f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}"
+        )
+    set_steps(model, processor, [*steps, step])
+    return model, processor
+
+
+def decompress(
+    model: PreTrainedModel, processor: ProcessorMixin | None
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """Takes all compressors out of a model, in place: exactly the model from before.
+
+    A projector that a merger has replaced comes back bit-equal in the same session. It is not saved with the
+    compressed model, so after loading such a model from disk this raises `LacoError`; so does a model that is
+    not compressed. Nothing has changed then.
+    """
+    if not family_of(model).steps(model.config):
+        raise LacoError("the model is not compressed")
+    set_steps(model, processor, [])
+    return model, processor
+
+
+def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
+    """Where a method stands in a model of this configuration; `LacoError` if it cannot."""
+    if not isinstance(method, Merger):
+        raise LacoError(f"a vision encoder is compressed by a merger such as laco.LaCo(); got {method!r}")
+    last = max(family.read_layers(config))
+    layer = method.layer_in(config.vision_config.num_hidden_layers, last)
+    kind = "external" if layer == last else "encoder"
+    if kind not in method.places:
+        raise LacoError(
+            f"{method.name} does not work at the place {kind}, only {', '.join(sorted(method.places))}"
+        )
+    return Step.at(method, layer, "projector" if method.is_projector and layer == last else "encoder")
+
+
+def set_steps(model: PreTrainedModel, processor: ProcessorMixin | None, steps: Sequence[Step]) -> None:
+    """Makes a model have exactly these compressors, in place; those that it has already keep their
+    parameters.
+    """
+    family, config = family_of(model), model.config
+    steps = sorted(steps, key=lambda step: step.layer)
+    if processor is not None:
+        family.check_processor(processor, config)
+    projector, read = new_projector(model, family, steps)
+    first, inside = min(family.read_layers(config, read)), [step for step in steps if step.place == "encoder"]
+    if inside and inside[-1].layer > first:
+        raise LacoError(
+            f"the language model also reads the output of encoder layer {first}, which merging after layer"
+            f" {inside[-1].layer} would leave on another grid; compress after layer {first} or earlier"
+        )
+    encoder = new_encoder(family.encoder(model), steps)
+
+    family.set_encoder(model, encoder)
+    family.set_projector(model, projector, read)
+    if processor is not None:
+        family.set_processor(processor, config)
+
+
+def new_encoder(old: Any, steps: Sequence[Step]) -> Any:
+    """An encoder with these mergers, around the parameters and buffers of the old one."""
+    kind = encoder_of(old.config)
+    settings = old.config.to_dict()
+    del settings["model_type"]
+    settings.pop("compression", None)
+    settings["patch_size"] = own = settings.pop("embed_patch_size", settings["patch_size"])
+    if steps:
+        settings["patch_size"] = effective_patch_size(settings["image_size"], own, steps)
+        settings |= {"embed_patch_size": own, "compression": [step.to_dict() for step in steps]}
+    config = (kind.compressed_config if steps else kind.stock_config)(**settings)
+    config._attn_implementation = old.config._attn_implementation
+    with torch.device("meta"):
+        new: Any = (kind.compressed if steps else kind.stock)(config)
+
+    move_tensors(old, new)
+    present = old.compressors() if isinstance(old, CompressedVisionModel) else {}
+    for step in steps:
+        if step.place == "encoder" and step.layer not in present:
+            merging = new.encoder.layers[step.layer - 1]
+            merging.compressor = fresh(partial(step.merger.build, settings["hidden_size"]), like=old)
+    return new
+
+
+def new_projector(
+    model: PreTrainedModel, family: Family, steps: Sequence[Step]
+) -> tuple[nn.Module, int | list[int]]:
+    """The projector of a model with these mergers, and the `vision_feature_layer` that it reads."""
+    config, old, read = model.config, family.projector(model), model.config.vision_feature_layer
+    step = next((step for step in steps if step.place == "projector"), None)
+    if step is None:
+        return original_projector(old) if isinstance(old, Connector) else (old, read)
+    if isinstance(old, Connector):
+        return old, read
+
+    if (config.vision_feature_select_strategy == "default") != (family.prefix(config) == 1):
+        raise LacoError(
+            f"{step.merger.name} as the projector needs all patch tokens of the encoder and no others; the"
+            f" vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not give them"
+        )
+    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    connector = fresh(partial(Connector, step.merger, *widths), like=old)
+    connector.replaced = old, read
+    if step.merger.projector_levels:
+        layers = config.vision_config.num_hidden_layers
+        levels = [round(level * layers) for level in step.merger.projector_levels]
+        return connector, [*(min(max(level, 1), step.layer) for level in levels), step.layer]
+    return connector, read if isinstance(read, int) else step.layer
+
+
+def original_projector(connector: Connector) -> tuple[nn.Module, int | list[int]]:
+    """What a merger has replaced as the projector, on the device and in the dtype of the merger."""
+    if connector.replaced is None:
+        raise LacoError(
+            "the projector that the compressor replaced is not saved with a compressed model; load the"
+            " original model instead"
+        )
+    projector, read = connector.replaced
+    like = next(connector.parameters())
+    return projector.to(like.device, like.dtype).train(connector.training), read
+
+
+def fresh(build: Callable[[], Any], like: nn.Module) -> Any:
+    """A new module with device, dtype and training mode of another."""
+    reference = next(like.parameters())
+    with torch.device(reference.device):
+        return build().to(reference.dtype).train(like.training)
+
+
+def move_tensors(old: nn.Module, new: nn.Module) -> None:
+    """Gives a newly built encoder the very parameters and buffers of the old one, and its modules' state."""
+    parts = dict(new.named_modules())
+    for name, module in old.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise LacoError("the model is spread over devices; compress it before dispatching it")
+        if ".compressor" in name and name not in parts:
+            continue
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        part = parts.get(name)
+        if part is None or (tensors and type(part) is not type(module)):
+            raise LacoError(
+                f"the vision encoder is not as it was loaded: {name} is a {type(module).__name__}; compress"
+                " before quantising it or adding adapters to it"
+            )
+        for key, tensor in tensors:
+            setattr(part, key, tensor)
+        part.training = module.training
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if hasattr(module, key):
+                setattr(part, key, getattr(module, key))
