@@ -1,6 +1,6 @@
 """Letters, digits and shapes as small alpha masks, drawn once and kept. Fonts come with matplotlib, none from the system."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 _SUPERSAMPLE = 4  # shapes are drawn this much larger and shrunk, for smooth edges
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(font: str, size: int, char: str) -> tuple[np.ndarray, int]:
     """Alpha mask of one character and its advance.
 
@@ -44,7 +44,7 @@ def glyph(font: str, size: int, char: str) -> tuple[np.ndarray, int]:
     return np.asarray(picture, dtype=np.float32) / 255, advance
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_mask(kind: str, size: int) -> np.ndarray:
     """Alpha mask of a shape, (size, size) float32 in [0, 1]."""
     n = size * _SUPERSAMPLE

@@ -91,6 +91,4 @@ def _about_relation(scene: Scene) -> list[Question]:
 
 def _about_place(scene: Scene) -> list[Question]:
     placed = [(s, region(s)) for s in scene.shapes]
-    return [
-        Question("locate", f"where is the {s.kind}?", f"{ROWS[at[0]]} {COLUMNS[at[1]]}") for s, at in placed if at
-    ]
+    return [Question("locate", f"where is the {s.kind}?", f"{ROWS[at[0]]} {COLUMNS[at[1]]}") for s, at in placed if at]

@@ -191,7 +191,7 @@ def make_page(seed: tuple[int, ...]) -> Scene:
         while True:
             alphabet = LETTERS if rng.integers(2) else DIGITS
             string = draw_string(rng, alphabet, held_out=False)
-            width, height = text_extent(string, font, size)
+            width, _height = text_extent(string, font, size)
             if x + width > SIDE - 1:
                 break
             scene.texts.append(lay_text(string, font, size, x, y, ink=int(rng.integers(0, 70))))

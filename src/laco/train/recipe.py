@@ -1,0 +1,147 @@
+"""What a training run is: a YAML file read into these models. An unknown key is an error that names the nearest known one."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from laco.errors import LacoError
+
+Group = Literal["compressor", "projector", "encoder_before", "encoder_after", "language_model"]
+GROUPS: tuple[str, ...] = get_args(Group)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NewModel(_Strict):
+    """A LLaVA from scratch: SigLIP vision encoder, MLP projector, Qwen2 language model, byte-level tokenizer."""
+
+    patch_size: PositiveInt = 8
+    vision: dict[str, Any] = Field(default_factory=dict, description="overrides of SiglipVisionConfig")
+    text: dict[str, Any] = Field(default_factory=dict, description="overrides of Qwen2Config")
+    vocabulary: PositiveInt = 512
+
+
+class Data(_Strict):
+    """Where pictures and questions come from: the embedded `world`, or a JSONL, LLaVA JSON or directory of such."""
+
+    source: str = "world"
+    seed: int = Field(0, ge=0)
+    split: str | None = None
+
+
+class Stage(_Strict):
+    """One stage of training: what learns, how fast, on what."""
+
+    name: str
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(32, description="pictures a step, over all processes")
+    lr: float | dict[Group, float] = Field(description="one rate for all, or one a group; groups left out are frozen")
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"] = "cosine"
+    warmup: float = Field(0.03, ge=0, le=1, description="fraction of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    questions: int = Field(8, ge=0, description="asked side by side about one picture; 0 trains the encoder alone")
+    dense: float = Field(0.0, ge=0, description="weight of the world's dense labels")
+    pages: float = Field(0.0, ge=0, le=1, description="fraction of pictures that are pages full of characters")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return dict(self.lr) if isinstance(self.lr, dict) else dict.fromkeys(GROUPS, self.lr)
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> "Stage":
+        if not self.questions and not self.dense:
+            raise ValueError("a stage without questions needs dense > 0, else there is nothing to learn from")
+        return self
+
+
+class Distill(_Strict):
+    """Learn from the uncompressed model's logits at the answers: weight * T^2 * KL(teacher || student)."""
+
+    teacher: str | None = Field(None, description="directory of the teacher; the recipe's model when left out")
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Judge(_Strict):
+    """Evaluation at the end; the figures are written beside the model."""
+
+    data: str = "world"
+    seed: int = 0
+    samples: PositiveInt = 2000
+
+
+class Recipe(_Strict):
+    """A whole run. Exactly one of `model` (a directory to start from) and `new` (from scratch) is given."""
+
+    output: str
+    model: str | None = None
+    new: NewModel | None = None
+    compress: list[dict[str, Any]] = Field(default_factory=list, description="methods to insert, e.g. {method: laco}")
+    data: Data = Data()
+    stages: list[Stage] = Field(min_length=1)
+    distill: Distill | None = None
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    processes: PositiveInt = Field(1, description="started through `accelerate launch` when more than one")
+    log_steps: PositiveInt = 20
+    save_steps: PositiveInt = 500
+    evaluate: Judge | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Recipe":
+        if (self.model is None) == (self.new is None):
+            raise ValueError("give either model (a directory to start from) or new (a model from scratch)")
+        if any(stage.dense or stage.pages for stage in self.stages) and self.data.source != "world":
+            raise ValueError("dense labels and pages exist for data.source: world only")
+        return self
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Reads and checks a recipe; `overrides` replace top-level keys (values of None are ignored).
+
+    Raises:
+        LacoError: the file is missing, is no YAML mapping, or a key or value is wrong; the message names the key.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise LacoError(f"there is no recipe {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise LacoError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise LacoError(f"{path} must hold keys and values, such as output: and stages:")
+    return parse_recipe({**raw, **{k: v for k, v in overrides.items() if v is not None}}, where=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "the recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise LacoError(f"{where}: {_sentence(error)}") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {place}; the nearest known key is {near[0]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[0].lower()}{message[1:]}" if place else message
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known where an unknown one stands."""
+    inner: dict[str, type[BaseModel]] = {
+        "new": NewModel, "data": Data, "stages": Stage, "distill": Distill, "evaluate": Judge
+    }  # fmt: skip
+    model = inner.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
+    return list(model.model_fields)

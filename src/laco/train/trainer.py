@@ -1,0 +1,181 @@
+"""The objective and the optimiser on top of the Hugging Face Trainer: groups, dense labels, distillation."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from laco.errors import LacoError
+from laco.train.recipe import GROUPS, Distill, Stage
+from laco.world.labels import IGNORE, LABELS
+
+# Most patches show nothing; counted fully they drown the few that do.
+_BACKGROUND = 0.1
+
+_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|image_newline|connector|mlp1)(\.|$)")
+_ENCODER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
+_LAYER = re.compile(r"\.(?:layers|blocks|layer)\.(\d+)\.")
+
+
+def group_of(name: str, merge_layer: int | None) -> str:
+    """The group of `GROUPS` to which a parameter belongs, by its name.
+
+    Args:
+        name: as in `model.named_parameters()`.
+        merge_layer: the first layer count k after which tokens are merged; None without a compressor inside.
+    """
+    if ".compressor." in name:
+        return "compressor"
+    if _PROJECTOR.search(name):
+        return "projector"
+    if not _ENCODER.search(name):
+        return "language_model"
+    layer = _LAYER.search(name)
+    after = merge_layer is not None and (
+        int(layer[1]) >= merge_layer if layer else "post_layernorm" in name or "head." in name
+    )
+    return "encoder_after" if after else "encoder_before"
+
+
+def merge_layer_of(model: PreTrainedModel) -> int | None:
+    """The layer count k of the first compressor in the model's vision encoder; None in an uncompressed model."""
+    entries = getattr(getattr(model.config, "vision_config", None), "compression", None) or []
+    return min((entry["layer"] for entry in entries), default=None)
+
+
+def grouped(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(group, name, parameter) of every parameter."""
+    layer = merge_layer_of(model)
+    for name, parameter in model.named_parameters():
+        yield group_of(name, layer), name, parameter
+
+
+class DenseHeads(nn.Module):
+    """One linear map from every visual token to the classes of all dense labels; dropped after pretraining."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, sum(LABELS.values()))
+
+    def forward(self, hidden_BNC: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Sum over labels of the mean cross-entropy; labels {name: (B, H, W)}, N = H * W, -100 where meaningless."""
+        logits = self.classify(self.norm(hidden_BNC)).float().split(list(LABELS.values()), dim=-1)
+        loss = hidden_BNC.new_zeros((), dtype=torch.float32)
+        for (name, classes), logits_BNK in zip(LABELS.items(), logits, strict=True):
+            weight = torch.ones(classes, device=logits_BNK.device)
+            if name == "what":
+                weight[0] = _BACKGROUND
+            target = labels[name].flatten()
+            if bool((target != IGNORE).any()):
+                loss = loss + F.cross_entropy(logits_BNK.flatten(0, 1), target, weight, ignore_index=IGNORE)
+        return loss
+
+
+def answer_logits(vlm: PreTrainedModel, inputs: dict[str, Any], asked_BL: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of the answers' tokens only; most of a sequence is pictures and questions.
+
+    `asked_BL` (B, L - 1) marks the positions whose next token belongs to an answer.
+    """
+    hidden_BLC = vlm.base_model(**inputs, use_cache=False).last_hidden_state
+    return vlm.get_output_embeddings()(hidden_BLC[:, :-1][asked_BL])
+
+
+class Learner(nn.Module):
+    """A VLM with what only training needs: the dense heads and the split of the loss into its parts."""
+
+    def __init__(self, vlm: PreTrainedModel, stage: Stage):
+        super().__init__()
+        self.vlm, self.stage = vlm, stage
+        self.dense = DenseHeads(vlm.config.vision_config.hidden_size) if stage.dense else None
+
+    def forward(self, dense_labels: dict[str, Tensor] | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        """Returns `loss`, its parts, and `answer_logits` (tokens, vocabulary) where an answer is predicted."""
+        out: dict[str, Tensor] = {}
+        if self.dense is not None:
+            images = self.vlm.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
+            out["dense"] = self.dense(images.hidden_states[-1], dense_labels or {})
+            if "input_ids" in inputs:
+                inputs["mm_encoder_outputs"] = {"image": images}  # type: ignore[assignment]
+        if "input_ids" in inputs:
+            labels = inputs.pop("labels")
+            asked = labels[:, 1:] != IGNORE
+            out["answer_logits"] = answer_logits(self.vlm, inputs, asked)
+            out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][asked])
+        out["loss"] = out.get("answer", 0) + self.stage.dense * out.get("dense", torch.zeros(()))  # type: ignore[assignment]
+        return out
+
+
+class LacoTrainer(Trainer):
+    """Trainer with a learning rate for every group, frozen groups, and distillation from the uncompressed model."""
+
+    def __init__(self, *args: Any, stage: Stage, teacher: PreTrainedModel | None, distill: Distill | None, **kw: Any):
+        super().__init__(*args, **kw)
+        self.stage, self.teacher, self.distill = stage, teacher, distill
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rates, decay = self.stage.rates, self.stage.weight_decay
+            sets: dict[tuple[float, float], list[nn.Parameter]] = {}
+            learner: Any = self.model
+            named = [(rates.get(group, 0.0), p) for group, _, p in grouped(learner.vlm)]
+            if learner.dense is not None:
+                named += [(max(rates.values()), p) for p in learner.dense.parameters()]
+            for rate, parameter in named:
+                if parameter.requires_grad:
+                    sets.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+            groups = [{"params": ps, "lr": rate, "weight_decay": wd} for (rate, wd), ps in sets.items()]
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        teacher_inputs = inputs.pop("teacher", None)
+        out = model(**inputs)
+        loss = out["loss"]
+        if self.teacher is not None and self.distill is not None:
+            with torch.no_grad():
+                labels = teacher_inputs.pop("labels")
+                said = answer_logits(self.teacher, teacher_inputs, labels[:, 1:] != IGNORE)
+            t = self.distill.temperature
+            out["distill"] = F.kl_div(
+                F.log_softmax(out["answer_logits"].float() / t, dim=-1),
+                F.log_softmax(said.float() / t, dim=-1),
+                log_target=True,
+                reduction="batchmean",
+            ) * (t * t)
+            loss = loss + self.distill.weight * out["distill"]
+        for name in ("answer", "dense", "distill"):
+            if name in out:
+                self._parts.setdefault(name, []).append(out[name].detach())
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: round(torch.stack(parts).mean().item(), 4) for name, parts in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def freeze(model: PreTrainedModel, stage: Stage) -> None:
+    """Lets only the groups with a positive rate learn.
+
+    Raises:
+        LacoError: the stage names a group of which the model has no parameter, or nothing learns.
+    """
+    rates, counts = stage.rates, dict.fromkeys(GROUPS, 0)
+    for group, _, parameter in grouped(model):
+        parameter.requires_grad_(rates.get(group, 0.0) > 0)
+        counts[group] += parameter.numel()
+    named = stage.lr if isinstance(stage.lr, dict) else {}
+    for group in named:
+        if not counts[group]:
+            raise LacoError(f"stage {stage.name} trains {group}, but the model has no parameter in that group")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise LacoError(f"nothing learns in stage {stage.name}; give one of the groups a rate above 0")
