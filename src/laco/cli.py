@@ -1,0 +1,278 @@
+"""The command line. A user's mistake is one sentence on stderr and exit code 2; a bug keeps its traceback.
+
+Modules that load torch are imported by the commands that need them, and only then.
+"""
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from laco.errors import LacoError
+
+app = typer.Typer(
+    name="laco",
+    help="Visual-token compression inside the vision encoder of Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+
+Model = Annotated[str, typer.Argument(help="Directory saved by laco or transformers, or a name on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> None:
+    """The console entry point."""
+    try:
+        app()
+    except (LacoError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        print(f"laco: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command(epilog="Example: laco ask models/laco-tiny --image picture.png 'which word is written?'")
+def ask(
+    model: Model,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path], typer.Option(help="Picture file; give it again for several pictures.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model about pictures: the answer, visual tokens before and after, and times after a warm-up."""
+    from laco.pictures import open_picture
+
+    pictures = [open_picture(path) for path in image]
+    loaded = load(model)
+
+    from laco.ask import ask as ask_model
+
+    asked = ask_model(*loaded, pictures, question, max_new_tokens=max_new_tokens)
+    if as_json:
+        print_json(asked.model_dump())
+        return
+    out.print(asked.answer, style="bold", markup=False)
+    table = Table("visual tokens", "encoder", "prefill", "decode", box=None, header_style="dim")
+    tokens = str(asked.visual_tokens)
+    if asked.visual_tokens != asked.visual_tokens_before:
+        tokens = f"{asked.visual_tokens_before} → {asked.visual_tokens}"
+    decode = "no further token" if asked.decode_ms is None else f"{asked.decode_ms:.1f} ms a token"
+    table.add_row(tokens, f"{asked.encoder_ms:.1f} ms", f"{asked.prefill_ms:.1f} ms", decode)
+    out.print(table)
+
+
+@app.command(epilog="Example: laco compress models/laco-tiny -o out/small --method laco --depth 1/4 --factor 2")
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the compressed model.")],
+    method: Annotated[str, typer.Option(help="Name of a method, see `laco methods`.")] = "laco",
+    depth: Annotated[str | None, typer.Option(help="Fraction of the encoder before it: 1/4, 0.25.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Count of encoder layers before it, instead of --depth.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Side r of the windows that become one token.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the method.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a compressor into a model and save the result. It works at once and wants healing (laco train)."""
+    if output.exists() and not force:
+        raise LacoError(f"{output} exists already; give another name or --force")
+
+    from laco.checkpoint import save_pretrained
+    from laco.surgery import compress as compress_model
+
+    given = {"depth": parse_depth(depth), "layer": layer, "factor": factor}
+    settings = {key: value for key, value in given.items() if value is not None}
+    made = make_method(method, settings, setting or [])
+    loaded, processor = load(model)
+    before = loaded.num_parameters()
+    tokens_before = visual_tokens(loaded)
+    compress_model(loaded, processor, made)
+    if Path(model).is_dir():
+        loaded.config.base_model_name_or_path = str(Path(model).resolve())
+    save_pretrained(loaded, processor, output)
+    result = {
+        "method": made.to_dict(),
+        "visual_tokens_before": tokens_before,
+        "visual_tokens": visual_tokens(loaded),
+        "parameters_added": loaded.num_parameters() - before,
+        "files": sorted(str(path) for path in output.iterdir()),
+    }
+    if as_json:
+        print_json(result)
+        return
+    out.print(
+        f"{made.title}: {tokens_before} → {result['visual_tokens']} visual tokens for a picture (or tile),"
+        f" {result['parameters_added']:+,} parameters"
+    )
+    out.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: laco train recipes/heal.yaml --output out/healed")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Instead of the recipe's output.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Ignore an unfinished earlier run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a recipe says; a run that was killed goes on where it stopped."""
+    quiet()
+    from laco.train import train as run
+
+    written = run(recipe, resume=not restart, progress=not as_json, output=output)
+    if as_json:
+        print_json({"output": str(written), "files": sorted(str(path) for path in written.iterdir())})
+    else:
+        out.print(f"wrote {written}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval", epilog="Example: laco eval models/laco-tiny --data world --seed 1 --samples 700 --json out.json")
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help='"world", a .jsonl file, a directory with one, or a LLaVA .json file.')
+    ] = "world",
+    split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses fresh pictures, or which questions of a file.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Questions at most, evenly over the families.")] = 1000,
+    reference: Annotated[str | None, typer.Option(help="The uncompressed model, for the loyalty.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report there; - prints it.")
+    ] = None,
+) -> None:
+    """Answer held-out questions: exact match by family with 95 % intervals, and loyalty."""
+    from laco.data import load_samples
+
+    load_samples(data, split=split, limit=samples, seed=seed)  # before the model: mistakes show at once
+    loaded = load(model)
+
+    from laco.evaluate import evaluate as run
+
+    report = run(
+        *loaded,
+        data,
+        reference=reference,
+        split=split,
+        seed=seed,
+        samples=samples,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    if json_file == Path("-"):
+        print_json(report.model_dump())
+        return
+    table = Table("family", "accuracy", "95 % interval", "n", box=None, header_style="dim")
+    for name, family in report.families.items():
+        table.add_row(name, f"{family.accuracy:.1f}", f"{family.low:.1f} – {family.high:.1f}", str(family.n))
+    table.add_row("average", f"{report.average:.1f}", "", str(report.samples), style="bold")
+    out.print(table)
+    loyalty = "not measured, name the uncompressed model by --reference"
+    if report.loyalty is not None:
+        loyalty = f"{report.loyalty:.1f} %"
+    out.print(f"loyalty: {loyalty}; visual tokens: {report.visual_tokens:.1f}", highlight=False)
+    if json_file is not None:
+        out.print(f"wrote {report.save(json_file)}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: laco methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """List the compression methods."""
+    from laco.methods import catalogue
+
+    print_catalogue(catalogue(), as_json, ("name", "places", "trained", "static_count", "paper"))
+
+
+@app.command(epilog="Example: laco families --json")
+def families(as_json: AsJson = False) -> None:
+    """List the families of models that can be compressed."""
+    from laco.families import catalogue
+
+    print_catalogue(catalogue(), as_json, ("name", "architectures", "encoders", "holds"))
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """A model and its processor, without the chatter of transformers."""
+    quiet()
+    from laco.checkpoint import from_pretrained
+
+    return from_pretrained(model)
+
+
+def quiet() -> None:
+    """Silences what transformers says about loading; its errors stay."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def visual_tokens(model: Any) -> int:
+    """Visual tokens for one picture or tile."""
+    from laco.families import family_of
+
+    return family_of(model).grid(model.config).tokens
+
+
+def parse_depth(text: str | None) -> float | None:
+    """A depth from "1/4" or "0.25"."""
+    try:
+        return None if text is None else float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise LacoError(f"depth is a fraction such as 1/4 or 0.25; got {text!r}") from error
+
+
+def make_method(name: str, settings: dict[str, Any], texts: list[str]) -> Any:
+    """A method by name, with settings from KEY=VALUE texts, read as the types that its dataclass declares."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from laco.methods import get
+
+    method = get(name)
+    hints = get_type_hints(method)
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise LacoError(f"--set takes KEY=VALUE; got {text!r}")
+        settings[key] = value
+        if key in hints:
+            try:
+                settings[key] = TypeAdapter(hints[key]).validate_strings(value)
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"]
+                raise LacoError(f"{name} cannot have {key}={value}: {problem[0].lower()}{problem[1:]}") from error
+    return method.from_fields(settings)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout, and nothing else."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_catalogue(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
+    """A catalogue as a table, or with all its fields as JSON."""
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, header_style="dim")
+    for column in columns:
+        table.add_column(column.replace("_", " "), no_wrap=column == "name")
+    for row in rows:
+        table.add_row(*(cell_text(row[column]) for column in columns))
+    out.print(table)
+
+
+def cell_text(value: Any) -> str:
+    """A value as one writes it in a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else str(value)
