@@ -8,7 +8,7 @@ from torch import nn
 
 from laco.errors import LacoError
 from laco.grid import ODD_RULES, Grid, merge_map, pool_map, to_windows
-from laco.methods import LaCo, Merger, PixelShuffle, WindowMerger, registry
+from laco.methods import LaCo, Merger, PixelShuffle, RandomKeep, WindowMerger, registry
 
 WIDTH = 16
 SETTINGS: dict[str, list[dict]] = {
@@ -70,7 +70,9 @@ def test_gradient_reaches_input_and_every_parameter(cls: type[Merger], settings:
     y = merge_map(module, x, factor, "pad")
     (y * torch.randn_like(y)).sum().backward()
     assert x.grad is not None
-    assert (x.grad.abs().sum(-1) > 0).all()  # every token counts
+    counts = x.grad.abs().sum(-1) > 0
+    expected = y[..., 0].numel() if cls is RandomKeep else counts.numel()  # one of each window, or every token
+    assert counts.sum() == expected
     silent = [name for name, parameter in module.named_parameters() if not parameter.grad.abs().sum() > 0]
     # Logits over the one token of a 1 x 1 window change nothing, nor does a bias that all keys share.
     logits = (
@@ -226,3 +228,13 @@ def test_to_windows_feeds_the_first_linear_without_another_copy() -> None:
     """The one copy of LaCo's layer is the grouping of windows: their concatenation is a view of it."""
     windows = to_windows(torch.randn(2, 4, 6, WIDTH), 2)
     assert windows.flatten(-2).data_ptr() == windows.data_ptr()
+
+
+def test_random_keep_copies_one_token_of_each_window() -> None:
+    x = torch.randn(3, 16, 16, 4)
+    y = merge_map(RandomKeep(seed=1).build(4), x, 2, "pad")
+    same = (to_windows(x, 2) == y[..., None, :]).all(-1)  # (B, h, w, R)
+    assert (same.sum(-1) == 1).all()
+    assert torch.equal(same[0], same[1])  # the same places in every picture
+    assert (same[0].sum((0, 1)) > 8).all()  # no corner is preferred: about 16 of 64 windows each
+    assert not torch.equal(y, merge_map(RandomKeep(seed=2).build(4), x, 2, "pad"))

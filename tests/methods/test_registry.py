@@ -12,6 +12,7 @@ from laco.methods import (
     LDPv2,
     Method,
     PixelShuffle,
+    RandomKeep,
     TokenPacker,
     WindowMerger,
     catalogue,
@@ -25,6 +26,7 @@ def test_every_method_comes_back_from_json() -> None:
     settings: list[Method] = [
         LaCo(depth=1 / 4, factor=3, shortcut="saliency", norm="rmsnorm", hidden=7, odd="crop"),
         AveragePool(layer=3),
+        RandomKeep(seed=3),
         PixelShuffle(form="smolvlm", depth=1),
         LDPv2(),
         TokenPacker(heads=4),

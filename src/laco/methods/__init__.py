@@ -15,6 +15,7 @@ from laco.methods.base import Merger, MergerModule, Method, Place
 from laco.methods.laco import LaCo
 from laco.methods.ldpv2 import LDPv2
 from laco.methods.pixel_shuffle import PixelShuffle
+from laco.methods.random_keep import RandomKeep
 from laco.methods.token_packer import TokenPacker
 from laco.methods.window_merger import WindowMerger
 
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "PixelShuffle",
     "Place",
+    "RandomKeep",
     "TokenPacker",
     "WindowMerger",
     "catalogue",
@@ -35,7 +37,15 @@ __all__ = [
     "registry",
 ]
 
-BUILT_IN: tuple[type[Method], ...] = (LaCo, AveragePool, PixelShuffle, LDPv2, TokenPacker, WindowMerger)
+BUILT_IN: tuple[type[Method], ...] = (
+    LaCo,
+    AveragePool,
+    RandomKeep,
+    PixelShuffle,
+    LDPv2,
+    TokenPacker,
+    WindowMerger,
+)
 
 
 @cache
