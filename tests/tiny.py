@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoProcessor,
+    BatchFeature,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
@@ -18,10 +20,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
+
+from laco.families import Family, family_of
 
 SPECIALS = ("<pad>", "<eos>", "<image>", "<video>")
 
@@ -42,9 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def vision_config(
-    vision: str, image_size: int, patch_size: int, layers: int, width: int = 16
-) -> PreTrainedConfig:
+def vision_config(vision: str, image_size: int, patch_size: int, layers: int, width: int = 16) -> PreTrainedConfig:
     sizes = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
@@ -122,11 +125,35 @@ def llava(
 class LlavaOnevisionImageOnlyProcessor(LlavaOnevisionProcessor):
     """LLaVA-OneVision's processor without video: its video processor would need torchvision.
 
-    transformers reads off the signature of `__init__` which parts a processor has.
+    transformers reads off the signature of `__init__` which parts a processor has and which settings it saves.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
-        super().__init__(image_processor, tokenizer, **kwargs)
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        vision_aspect_ratio: str = "anyres_max_9",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            image_processor,
+            tokenizer,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            **kwargs,
+        )
+
+
+AutoProcessor.register(LlavaOnevisionConfig, LlavaOnevisionImageOnlyProcessor, exist_ok=True)
 
 
 def llava_onevision(
@@ -170,3 +197,26 @@ def picture(seed: int = 0, height: int = 60, width: int = 60) -> Image.Image:
     """Random blocks, so that neighbouring patches differ and rescaling leaves them different."""
     noise = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(noise.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+FAMILIES = {"llava": llava, "llava_onevision": llava_onevision}
+ENCODERS = ("siglip", "clip")
+
+
+def scramble(model: PreTrainedModel, scale: float = 0.3) -> Family:
+    """Gives the compressors random weights, as training would: what starts at zero would hide mistakes."""
+    family = family_of(model)
+    with torch.no_grad():
+        for compressor in family.compressors(model).values():
+            for parameter in compressor.parameters():
+                parameter.normal_(std=scale)
+    return family
+
+
+def inputs(processor: ProcessorMixin, *prompts: tuple[str, list[Image.Image]]) -> BatchFeature:
+    """A left-padded batch of prompts, each a text with `<image>` for every one of its pictures."""
+    texts = [text for text, _ in prompts]
+    pictures: Any = [pictures for _, pictures in prompts if pictures]
+    if isinstance(processor, LlavaProcessor):
+        pictures = [picture for some in pictures for picture in some]
+    return processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")

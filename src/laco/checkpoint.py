@@ -25,6 +25,7 @@ from laco.surgery import compress, set_steps
 
 CONFIG = "compressor_config.json"
 WEIGHTS = "compressor.safetensors"
+HUB_SETTINGS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 def from_pretrained(
@@ -50,7 +51,8 @@ def from_pretrained(
             trust_remote_code=False,
             **kwargs,
         )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **hub)
     except LacoError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -141,14 +143,11 @@ def load_compressor(
     for name, found in base_of(family, model).items():
         if base.get(name) != found:
             raise LacoError(
-                f"the compressor was made for another model: its {name} is {base.get(name)}, here it is"
-                f" {found}"
+                f"the compressor was made for another model: its {name} is {base.get(name)}, here it is {found}"
             )
     present = family.steps(model.config)
     if present and present != steps:
-        raise LacoError(
-            "the model is already compressed in another way; load the compressor into the base model"
-        )
+        raise LacoError("the model is already compressed in another way; load the compressor into the base model")
 
     widths = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
     with torch.device("meta"):
@@ -167,9 +166,7 @@ def load_compressor(
         family.check_processor(processor, model.config)
     for place, compressor in family.compressors(model).items():
         prefix = f"{place}."
-        compressor.load_state_dict(
-            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        )
+        compressor.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
     return model, processor
 
 
@@ -177,9 +174,7 @@ def built(steps: list[Step], width: int, text_width: int) -> dict[str, nn.Module
     """New modules of these steps, by the names of `Family.compressors`."""
     return {
         "projector" if step.place == "projector" else f"layers.{step.layer}": (
-            step.merger.build_projector(width, text_width)
-            if step.place == "projector"
-            else step.merger.build(width)
+            step.merger.build_projector(width, text_width) if step.place == "projector" else step.merger.build(width)
         )
         for step in steps
     }
@@ -205,9 +200,7 @@ def refuse_difference(
     """Raises `LacoError` that names what is missing, extra or misshaped (found, wanted), if anything is."""
     problems = [f"{listed(missing)} missing"] if missing else []
     problems += [f"{listed(extra)} not expected"] if extra else []
-    problems += [
-        f"{key} has shape {found} instead of {wanted}" for key, (found, wanted) in sorted(shapes.items())[:3]
-    ]
+    problems += [f"{key} has shape {found} instead of {wanted}" for key, (found, wanted) in sorted(shapes.items())[:3]]
     if problems:
         raise LacoError(f"the weights in {source} do not fit their configuration: {'; '.join(problems)}")
 
@@ -221,8 +214,7 @@ def model_card(config: dict[str, Any], steps: list[Step]) -> str:
     """README.md of a saved compressor."""
     base, layers = config["base_model"] or "BASE_MODEL", config["base"]["layers"]
     rows = [
-        f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |"
-        for step in steps
+        f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |" for step in steps
     ]
     sources = "\n".join(f"- {step.merger.title}: {step.merger.paper}" for step in steps)
     return f"""---

@@ -49,9 +49,7 @@ def compress(
     step = place(method, family, model.config)
     steps = family.steps(model.config)
     if taken := [other for other in steps if other.layer == step.layer]:
-        raise LacoError(
-            f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}"
-        )
+        raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
     set_steps(model, processor, [*steps, step])
     return model, processor
 
@@ -79,9 +77,7 @@ def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     layer = method.layer_in(config.vision_config.num_hidden_layers, last)
     kind = "external" if layer == last else "encoder"
     if kind not in method.places:
-        raise LacoError(
-            f"{method.name} does not work at the place {kind}, only {', '.join(sorted(method.places))}"
-        )
+        raise LacoError(f"{method.name} does not work at the place {kind}, only {', '.join(sorted(method.places))}")
     return Step.at(method, layer, "projector" if method.is_projector and layer == last else "encoder")
 
 
@@ -132,9 +128,7 @@ def new_encoder(old: Any, steps: Sequence[Step]) -> Any:
     return new
 
 
-def new_projector(
-    model: PreTrainedModel, family: Family, steps: Sequence[Step]
-) -> tuple[nn.Module, int | list[int]]:
+def new_projector(model: PreTrainedModel, family: Family, steps: Sequence[Step]) -> tuple[nn.Module, int | list[int]]:
     """The projector of a model with these mergers, and the `vision_feature_layer` that it reads."""
     config, old, read = model.config, family.projector(model), model.config.vision_feature_layer
     step = next((step for step in steps if step.place == "projector"), None)

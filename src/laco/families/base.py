@@ -122,18 +122,16 @@ class Family(ABC):
 
     def check_processor(self, processor: Any, config: PreTrainedConfig) -> None:
         """Raises `LacoError` unless a processor counts and sizes pictures as the model does."""
+        if not hasattr(processor, "image_processor"):
+            raise LacoError(f"a {type(processor).__name__} is no processor of pictures and text")
         picture = picture_size(processor.image_processor)
         size = config.vision_config.image_size
-        pairs = {
-            name: (getattr(processor, name, None), v) for name, v in self.processor_numbers(config).items()
-        }
-        pairs["image_token_id"] = (processor.image_token_id, config.image_token_id)
+        pairs = {name: (getattr(processor, name, None), v) for name, v in self.processor_numbers(config).items()}
+        pairs["image_token_id"] = (getattr(processor, "image_token_id", None), config.image_token_id)
         pairs["the picture size"] = (picture, (size, size))
         for name, (found, wanted) in pairs.items():
             if found != wanted:
-                raise LacoError(
-                    f"the processor does not match the model: {name} is {found}, the model needs {wanted}"
-                )
+                raise LacoError(f"the processor does not match the model: {name} is {found}, the model needs {wanted}")
 
     def set_processor(self, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         """Lets a processor count placeholder tokens as a model of this configuration needs them."""
