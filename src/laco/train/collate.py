@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from laco.evaluate import prompt
 from laco.world.labels import LABELS
 
 IGNORE = -100
@@ -21,7 +22,7 @@ _QUESTION = "\x00"  # stands for the question when the prompt's two halves are c
 
 @dataclass
 class Item:
-    """What one sample of training holds: pictures, questions with answers, and dense labels where the world gives them."""
+    """One sample of training: pictures, questions with answers, and dense labels where the world gives them."""
 
     images: list[Image.Image]
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -37,8 +38,9 @@ class Collator:
         teacher: the processor of the uncompressed model, for distillation: its inputs come under the key "teacher".
 
     Returns (on call):
-        The processor's picture inputs; `input_ids` and `position_ids` (B, L); `attention_mask` (B, 1, L, L), True where a
-        token may look; `labels` (B, L), -100 but for answers and the end token; `dense_labels` {name: (B, H, W)}.
+        The processor's picture inputs; `input_ids` and `position_ids` (B, L); `attention_mask` (B, 1, L, L), True
+        where a token may look; `labels` (B, L), -100 but for answers and the end token; `dense_labels`
+        {name: (B, H, W)}.
     """
 
     processor: Any
@@ -70,10 +72,9 @@ class Collator:
 
     def _prompt(self, processor: Any, pictures: int) -> tuple[str, str]:
         """The chat template's text up to the last picture, and what follows, with `_QUESTION` for the question."""
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": _QUESTION}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        cut = prompt.rfind(processor.image_token) + len(processor.image_token) if pictures else 0
-        return prompt[:cut], prompt[cut:]
+        text = prompt(processor, _QUESTION, pictures)
+        cut = text.rfind(processor.image_token) + len(processor.image_token) if pictures else 0
+        return text[:cut], text[cut:]
 
 
 def _has_size(processor: Any, images: Sequence[Image.Image]) -> dict[str, bool]:

@@ -1,11 +1,11 @@
-"""What a training run is: a YAML file read into these models. An unknown key is an error that names the nearest known one."""
+"""What a training run is: a YAML file read into these models. An unknown key is an error naming the nearest known."""
 
 import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from laco.errors import LacoError
 
@@ -30,7 +30,7 @@ class Data(_Strict):
     """Where pictures and questions come from: the embedded `world`, or a JSONL, LLaVA JSON or directory of such."""
 
     source: str = "world"
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     split: str | None = None
 
 
@@ -51,7 +51,7 @@ class Stage(_Strict):
 
     @property
     def rates(self) -> dict[str, float]:
-        return dict(self.lr) if isinstance(self.lr, dict) else dict.fromkeys(GROUPS, self.lr)
+        return {str(k): v for k, v in self.lr.items()} if isinstance(self.lr, dict) else dict.fromkeys(GROUPS, self.lr)
 
     @model_validator(mode="after")
     def _learns_something(self) -> "Stage":
@@ -83,7 +83,7 @@ class Recipe(_Strict):
     model: str | None = None
     new: NewModel | None = None
     compress: list[dict[str, Any]] = Field(default_factory=list, description="methods to insert, e.g. {method: laco}")
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     stages: list[Stage] = Field(min_length=1)
     distill: Distill | None = None
     seed: int = 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,26 +10,26 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from laco.checkpoint import from_pretrained, save_pretrained
 from laco.errors import LacoError
+from laco.files import write_file
+from laco.methods import from_dict
+from laco.surgery import compress
 from laco.train.collate import Collator
 from laco.train.data import make_source
 from laco.train.recipe import Recipe, Stage, load_recipe
 from laco.train.scratch import build_new
-from laco.train.trainer import LacoTrainer, Learner, freeze
+from laco.train.trainer import DenseHeads, LacoTrainer, Learner, freeze
 
 _LOG = "log.jsonl"
 _LAUNCHED = "LACO_LAUNCHED"  # set in the processes that `_launch` starts, so that they do not launch again
+# What may change between a run and its resumption.
+_FREE = {"output", "processes", "log_steps", "save_steps", "evaluate"}
 
 
 def train(recipe_path: str | Path, *, resume: bool = True, progress: bool = True, **overrides: Any) -> Path:
@@ -41,7 +42,10 @@ def train(recipe_path: str | Path, *, resume: bool = True, progress: bool = True
         overrides: replace top-level keys of the recipe, such as `output` or `seed`.
 
     Returns:
-        The directory of the trained model and processor, which also holds the log of the run.
+        The directory of the trained model and processor, which also holds the recipe and the log of the run.
+
+    Raises:
+        LacoError: the recipe is wrong, or does not fit the model; before anything is trained or written.
     """
     recipe = load_recipe(recipe_path, **overrides)
     if recipe.processes > 1 and not {_LAUNCHED, "LOCAL_RANK"} & os.environ.keys():
@@ -51,112 +55,124 @@ def train(recipe_path: str | Path, *, resume: bool = True, progress: bool = True
 
 
 def work_directory(recipe: Recipe) -> Path:
-    """Where checkpoints of an unfinished run lie: beside the output, removed by nobody but the user."""
+    """Where the checkpoints of an unfinished run lie: beside the output, until the run is finished."""
     output = Path(recipe.output)
     return output.with_name(output.name + ".run")
 
 
 def _launch(recipe: Recipe, resume: bool, progress: bool) -> None:
-    """Starts this run again in several processes of one thread each; two of them beat one process of two threads."""
-    work = work_directory(recipe)
-    work.mkdir(parents=True, exist_ok=True)
-    effective = work / "recipe.json"
-    effective.write_text(recipe.model_dump_json(indent=1))
+    """Starts this run again in several processes; two of one thread beat one of two threads on small models."""
+    given = work_directory(recipe).with_suffix(".json")
+    write_file(given, recipe.model_dump_json(indent=1))
     threads = max(1, (os.cpu_count() or 1) // recipe.processes)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(recipe.processes)]
     # `--multi_gpu` is accelerate's name for torchrun; its own `--cpu` starts several processes only through MPI.
     command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "laco.train", str(effective)]
+    command += ["--main_process_port", "0", "-m", "laco.train", str(given)]
     command += [] if resume else ["--restart"]
     command += [] if progress else ["--quiet"]
     environment = os.environ | {_LAUNCHED: "1", "OMP_NUM_THREADS": str(threads)}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    if code := subprocess.run(command, env=environment).returncode:
+    code = subprocess.run(command, env=environment).returncode
+    given.unlink()
+    if code:
         raise LacoError(f"the training processes ended with exit code {code}; their messages stand above")
 
 
 def run(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Path:
-    """Runs a recipe in this process (one of several under `accelerate launch`)."""
-    work = work_directory(recipe)
+    """Runs a recipe in this process (one of several under `accelerate launch`); returns the output's directory."""
     state = PartialState(cpu=not torch.cuda.is_available())
+    work = work_directory(recipe)
+    with state.main_process_first():
+        if state.is_main_process:
+            _open_work(recipe, work, resume)
     set_seed(recipe.seed)
     model, processor = _start(recipe)
-    teacher = _teacher(recipe, model, processor)
-    done = [work / f"{i:02d}-{stage.name}" for i, stage in enumerate(recipe.stages)]
-    start = 0
-    for directory, stage in zip(done, recipe.stages, strict=True):
+    teacher = _teacher(recipe)
+    dense = DenseHeads(model.config.vision_config.hidden_size) if any(s.dense for s in recipe.stages) else None
+    directories = [work / f"{i:02d}-{stage.name}" for i, stage in enumerate(recipe.stages)]
+    seen = 0
+    for directory, stage in zip(directories, recipe.stages, strict=True):
+        learner = Learner(model, stage, dense)
         finished = directory / "model.safetensors"
-        if resume and finished.exists():
-            _load_weights(model, finished)
+        if finished.exists():
+            load_model(learner, finished, strict=False)
         else:
-            _run_stage(recipe, stage, model, processor, teacher, directory, start, resume, progress)
+            trainer = _trainer(recipe, stage, learner, processor, teacher, directory, seen, progress)
+            trainer.train(resume_from_checkpoint=_last_checkpoint(directory, state.num_processes))
             if state.is_main_process:
-                _save_weights(model, finished)
+                _save_weights(learner, finished)
             state.wait_for_everyone()
-        start += stage.steps * stage.batch_size
+        seen += stage.steps * stage.batch_size
     if state.is_main_process:
-        _finish(recipe, model, processor, work, done)
+        _finish(recipe, model, processor, directories, progress)
+        shutil.rmtree(work)
     state.wait_for_everyone()
     return Path(recipe.output)
 
 
+def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
+    """Makes the working directory, or finds it as an unfinished run of the same recipe left it."""
+    kept, wanted = work / "recipe.json", recipe.model_dump(mode="json", exclude=_FREE)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    elif kept.exists() and json.loads(kept.read_text()) != wanted:
+        raise LacoError(f"{work} holds an unfinished run of another recipe; start anew with --restart, or remove it")
+    write_file(kept, json.dumps(wanted, indent=1))
+
+
 def _start(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
+    model: PreTrainedModel
+    processor: ProcessorMixin
     if recipe.new is not None:
         model, processor = build_new(recipe.new)
     else:
-        from laco.checkpoint import from_pretrained
-
         assert recipe.model is not None
         model, processor = from_pretrained(recipe.model)
     for entry in recipe.compress:
-        from laco.methods import from_dict
-        from laco.surgery import compress
-
         compress(model, processor, from_dict(entry))
     return model, processor
 
 
-def _teacher(recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin) -> tuple[PreTrainedModel, Any] | None:
+def _teacher(recipe: Recipe) -> tuple[PreTrainedModel | None, ProcessorMixin | None]:
     if recipe.distill is None:
-        return None
-    from laco.checkpoint import from_pretrained
-
+        return None, None
     directory = recipe.distill.teacher or recipe.model
     if directory is None:
         raise LacoError("distillation needs a teacher: give distill.teacher or start from a model")
-    teacher, teacher_processor = from_pretrained(directory)
-    return teacher.eval().requires_grad_(False), teacher_processor
+    teacher, processor = from_pretrained(directory)
+    return teacher.eval().requires_grad_(False), processor
 
 
-def _run_stage(
+def _trainer(
     recipe: Recipe,
     stage: Stage,
-    model: PreTrainedModel,
+    learner: Learner,
     processor: ProcessorMixin,
-    teacher: tuple[PreTrainedModel, Any] | None,
+    teacher: tuple[PreTrainedModel | None, ProcessorMixin | None],
     directory: Path,
-    start: int,
-    resume: bool,
+    seen: int,
     progress: bool,
-) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if stage.batch_size % world_size:
-        raise LacoError(f"stage {stage.name}: batch_size {stage.batch_size} does not divide by {world_size} processes")
-    freeze(model, stage)
+) -> LacoTrainer:
+    """The Trainer of one stage; `seen` pictures of the run came before it."""
+    processes = PartialState().num_processes
+    if stage.batch_size % processes:
+        raise LacoError(f"stage {stage.name}: batch_size {stage.batch_size} does not divide by {processes} processes")
+    freeze(learner.vlm, stage)
+    if recipe.gradient_checkpointing:
+        learner.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // world_size,
+        per_device_train_batch_size=stage.batch_size // processes,
         lr_scheduler_type=stage.schedule,
-        lr_scheduler_kwargs={"num_decay_steps": stage.steps // 4} if stage.schedule == "warmup_stable_decay" else None,
         warmup_steps=round(stage.warmup * stage.steps),
         learning_rate=max(stage.rates.values()),
         max_grad_norm=stage.max_grad_norm,
         bf16=recipe.precision == "bf16",
-        gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,
+        ddp_find_unused_parameters=True,  # LLaVA leaves the encoder's last norm out
         remove_unused_columns=False,
         logging_steps=recipe.log_steps,
         save_steps=recipe.save_steps,
@@ -164,78 +180,68 @@ def _run_stage(
         report_to=[],
         disable_tqdm=not progress,
         seed=recipe.seed,
-        dataloader_num_workers=0,
-        label_names=["labels"],
     )
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # The sampler draws no order of its own: the pictures are already in a random one.
-    trainer = _InOrder(
-        model=Learner(model, stage),
+    patch = getattr(learner.vlm.config.vision_config, "patch_size", 0)
+    return LacoTrainer(
+        model=learner,
         args=arguments,
-        train_dataset=make_source(recipe.data, stage, start, recipe.seed, model.config.vision_config.patch_size),
-        data_collator=Collator(processor, teacher and teacher[1]),
+        train_dataset=make_source(recipe.data, stage, seen, recipe.seed, patch),
+        data_collator=Collator(processor, teacher[1]),
         callbacks=[_Log(directory / _LOG, stage.name)],
-        stage=stage,
-        teacher=teacher and teacher[0],
+        teacher=teacher[0],
         distill=recipe.distill,
     )
-    checkpoint = get_last_checkpoint(str(directory)) if resume and directory.exists() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
 
 
-class _InOrder(LacoTrainer):
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+def _last_checkpoint(directory: Path, processes: int) -> str | None:
+    """The newest checkpoint that a kill did not leave half-written; half-written ones are removed."""
+    while directory.exists() and (found := get_last_checkpoint(str(directory))):
+        random_states = "rng_state*.pth"
+        if Path(found, "trainer_state.json").exists() and len(list(Path(found).glob(random_states))) >= processes:
+            return found
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(found)
+        PartialState().wait_for_everyone()
+    return None
 
 
 class _Log(TrainerCallback):
-    """Writes every logged line, so that the log can ship with the model."""
+    """Writes every logged line to a file that ships with the model; a resumed run drops what it does again."""
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            old = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+            write_file(self.path, "".join(line + "\n" for line in kept))
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as log:
                 log.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
 
 
-def _save_weights(model: PreTrainedModel, path: Path) -> None:
-    from safetensors.torch import save_model
-
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _save_weights(learner: nn.Module, path: Path) -> None:
     beside = path.with_suffix(".tmp")
-    save_model(model, str(beside))
+    save_model(learner, str(beside))
     beside.replace(path)
 
 
-def _load_weights(model: PreTrainedModel, path: Path) -> None:
-    from safetensors.torch import load_model
-
-    load_model(model, str(path))
-
-
-def _finish(recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, work: Path, done: list[Path]) -> None:
-    """Saves the whole model, and the recipe and the log of the run beside it."""
-    from laco.checkpoint import save_pretrained
-
+def _finish(
+    recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, directories: list[Path], progress: bool
+) -> None:
+    """Saves the whole model, and beside it the recipe, the log of the run and, where asked for, the evaluation."""
     model.requires_grad_(True).eval()
     extra = {
-        "recipe.json": recipe.model_dump_json(indent=1),
-        "training_log.jsonl": "".join((d / _LOG).read_text() for d in done if (d / _LOG).exists()),
+        "recipe.json": recipe.model_dump_json(indent=1) + "\n",
+        "training_log.jsonl": "".join((directory / _LOG).read_text() for directory in directories),
     }
-    save_pretrained(model, processor, recipe.output, extra_files=extra)
-    if recipe.evaluate is not None:
-        from laco.evaluate import evaluate
+    if (judge := recipe.evaluate) is not None:
+        from laco.evaluate import evaluate  # evaluation and training do not need one another otherwise
 
-        reloaded = AutoModelForImageTextToText.from_pretrained(recipe.output)
-        report = evaluate(
-            reloaded,
-            AutoProcessor.from_pretrained(recipe.output),
-            recipe.evaluate.data,
-            seed=recipe.evaluate.seed,
-            samples=recipe.evaluate.samples,
-        )
-        Path(recipe.output, "evaluation.json").write_text(report.model_dump_json(indent=1))
+        report = evaluate(model, processor, judge.data, seed=judge.seed, samples=judge.samples, progress=progress)
+        extra["evaluation.json"] = report.model_dump_json(indent=1) + "\n"
+    save_pretrained(model, processor, recipe.output, extra_files=extra)

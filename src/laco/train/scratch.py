@@ -30,8 +30,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE learned from the world's questions.
 
-    Any text can be written in it. Questions are lower case and become few tokens; words and numbers to be read are upper
-    case and digits, which the questions lack, so every character of an answer stays a token of its own.
+    Any text can be written in it. Questions are lower case and become few tokens; words and numbers to be read are
+    upper case and digits, which the questions lack, so every character of an answer stays a token of its own.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,26 +64,24 @@ def build_new(new: NewModel) -> tuple[LlavaForConditionalGeneration, LlavaProces
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
-    token_id = tokenizer.convert_tokens_to_ids
+    pad_id, end_id, image_id = (int(tokenizer.vocab[token]) for token in (PAD, END, IMAGE))
     vision = SiglipVisionConfig(image_size=SIDE, patch_size=new.patch_size, vision_use_head=False, **new.vision)
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         bos_token_id=None,
-        eos_token_id=token_id(END),
-        pad_token_id=token_id(PAD),
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
         **new.text,
     )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=token_id(IMAGE),
+        image_token_index=image_id,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         image_seq_length=(SIDE // new.patch_size) ** 2,
-        eos_token_id=token_id(END),
-        pad_token_id=token_id(PAD),
     )
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = token_id(END)
-    model.generation_config.pad_token_id = token_id(PAD)
+    model.generation_config.eos_token_id = end_id
+    model.generation_config.pad_token_id = pad_id
     return model, processor

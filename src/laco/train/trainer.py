@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from laco.errors import LacoError
@@ -82,50 +83,61 @@ def answer_logits(vlm: PreTrainedModel, inputs: dict[str, Any], asked_BL: Tensor
     `asked_BL` (B, L - 1) marks the positions whose next token belongs to an answer.
     """
     hidden_BLC = vlm.base_model(**inputs, use_cache=False).last_hidden_state
-    return vlm.get_output_embeddings()(hidden_BLC[:, :-1][asked_BL])
+    head: nn.Module = vlm.get_output_embeddings()
+    return head(hidden_BLC[:, :-1][asked_BL])
 
 
 class Learner(nn.Module):
     """A VLM with what only training needs: the dense heads and the split of the loss into its parts."""
 
-    def __init__(self, vlm: PreTrainedModel, stage: Stage):
+    def __init__(self, vlm: PreTrainedModel, stage: Stage, dense: DenseHeads | None = None):
         super().__init__()
         self.vlm, self.stage = vlm, stage
-        self.dense = DenseHeads(vlm.config.vision_config.hidden_size) if stage.dense else None
+        self.dense = dense if stage.dense else None
 
-    def forward(self, dense_labels: dict[str, Tensor] | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, dense_labels: dict[str, Tensor] | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Returns `loss`, its parts, and `answer_logits` (tokens, vocabulary) where an answer is predicted."""
         out: dict[str, Tensor] = {}
-        if self.dense is not None:
-            images = self.vlm.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
-            out["dense"] = self.dense(images.hidden_states[-1], dense_labels or {})
-            if "input_ids" in inputs:
-                inputs["mm_encoder_outputs"] = {"image": images}  # type: ignore[assignment]
+        loss = torch.zeros((), device=self.vlm.device)
+        if self.dense is not None and dense_labels is not None:
+            vlm: Any = self.vlm
+            images = vlm.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
+            out["dense"] = self.dense(images.hidden_states[-1], dense_labels)
+            loss = loss + self.stage.dense * out["dense"]
+            inputs["mm_encoder_outputs"] = {"image": images}
         if "input_ids" in inputs:
             labels = inputs.pop("labels")
             asked = labels[:, 1:] != IGNORE
             out["answer_logits"] = answer_logits(self.vlm, inputs, asked)
             out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][asked])
-        out["loss"] = out.get("answer", 0) + self.stage.dense * out.get("dense", torch.zeros(()))  # type: ignore[assignment]
-        return out
+            loss = loss + out["answer"]
+        return {"loss": loss, **out}
 
 
 class LacoTrainer(Trainer):
-    """Trainer with a learning rate for every group, frozen groups, and distillation from the uncompressed model."""
+    """Trainer of a `Learner`: a learning rate for every group, and distillation from the uncompressed model."""
 
-    def __init__(self, *args: Any, stage: Stage, teacher: PreTrainedModel | None, distill: Distill | None, **kw: Any):
-        super().__init__(*args, **kw)
-        self.stage, self.teacher, self.distill = stage, teacher, distill
+    model: Learner
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None, distill: Distill | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if teacher is not None:
+            nn.Module.to(teacher, self.args.device)
+        self.teacher, self.distill = teacher, distill
         self._parts: dict[str, list[Tensor]] = {}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        pictures: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(pictures)  # they come in a random order already
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            rates, decay = self.stage.rates, self.stage.weight_decay
+            stage = self.model.stage
+            rates, decay = stage.rates, stage.weight_decay
             sets: dict[tuple[float, float], list[nn.Parameter]] = {}
-            learner: Any = self.model
-            named = [(rates.get(group, 0.0), p) for group, _, p in grouped(learner.vlm)]
-            if learner.dense is not None:
-                named += [(max(rates.values()), p) for p in learner.dense.parameters()]
+            named = [(rates.get(group, 0.0), p) for group, _, p in grouped(self.model.vlm)]
+            if self.model.dense is not None:
+                named += [(max(rates.values()), p) for p in self.model.dense.parameters()]
             for rate, parameter in named:
                 if parameter.requires_grad:
                     sets.setdefault((rate, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
@@ -134,7 +146,11 @@ class LacoTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         teacher_inputs = inputs.pop("teacher", None)
         out = model(**inputs)
