@@ -1,14 +1,14 @@
-"""Fixtures for all tests. That this file is here also puts `tiny` on the path of every test folder."""
+"""Fixtures for all tests."""
 
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 import laco
+import tiny
 
 TEMPLATE = (
     "{% for turn in messages %}{% for part in turn.content %}"

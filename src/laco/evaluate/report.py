@@ -113,9 +113,8 @@ def evaluate(
     compressed = is_compressed(model)
     if reference is None and compressed:
         reference = base_directory(model)
-    if reference is None:
-        expected = None if compressed else texts
-    else:
+    expected = None if compressed else texts
+    if reference is not None:
         expected = reference_answers(reference, asked, **options)
 
     truths = [sample.answer for sample in asked]

@@ -1,0 +1,69 @@
+"""`laco.ask`: the answer is that of a plain generate, the counts are right, the times are of what they say."""
+
+import time
+
+import pytest
+import torch
+
+import laco
+import tiny
+from laco.ask import ask, uncompressed_processor
+from laco.evaluate.generation import encode, greedy
+
+
+def plain(model, processor, pictures, question, tokens):
+    inputs = encode(processor, [question], [pictures])
+    with torch.inference_mode():
+        output = model.generate(**inputs, **greedy(processor, model, tokens))
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("make", [tiny.llava, tiny.llava_onevision])
+def test_answer_and_counts(make, pictures):
+    model, processor = make()
+    shown = [tiny.picture(seed, 100, 60) for seed in range(pictures)]
+    stock = ask(model, processor, shown, "what?", max_new_tokens=4)
+    assert stock.answer == plain(model, processor, shown, "what?", 4)
+    assert stock.visual_tokens == stock.visual_tokens_before
+    laco.compress(model, processor, laco.LaCo(depth=1 / 4))
+    asked = ask(model, processor, shown, "what?", max_new_tokens=4)
+    assert asked.answer == plain(model, processor, shown, "what?", 4)
+    assert asked.visual_tokens_before == stock.visual_tokens
+    assert asked.visual_tokens < stock.visual_tokens
+    assert asked.prompt_tokens == stock.prompt_tokens - stock.visual_tokens + asked.visual_tokens
+    assert asked.new_tokens == 4
+
+
+def test_uncompressed_processor_leaves_the_other_alone(talker):
+    model, processor = talker
+    laco.compress(model, processor, laco.AveragePool(depth=1 / 2, factor=3))
+    numbers = processor.patch_size, model.config.vision_config.patch_size
+    assert uncompressed_processor(model, processor).patch_size == 8
+    assert (processor.patch_size, model.config.vision_config.patch_size) == numbers == (24, 24)
+
+
+def test_times_are_of_what_they_say(talker, monkeypatch):
+    """Slow down the encoder, then the language model's prefill, then its decoding: only the right time grows."""
+    model, processor = talker
+    slow = {"encoder": 0.0, "prefill": 0.0, "decode": 0.0}
+
+    def delayed(module, wait):
+        run = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, **k: (time.sleep(wait(*a, **k)), run(*a, **k))[1])
+
+    delayed(model.model.vision_tower, lambda *_, **__: slow["encoder"])
+    delayed(
+        model.model.language_model,
+        lambda *_, inputs_embeds, **__: slow["prefill" if inputs_embeds.shape[1] > 1 else "decode"],
+    )
+    for part in slow:
+        slow |= dict.fromkeys(slow, 0.0) | {part: 0.2}
+        asked = ask(model, processor, [tiny.picture()], "what?", max_new_tokens=3)
+        times = {"encoder": asked.encoder_ms, "prefill": asked.prefill_ms, "decode": asked.decode_ms}
+        assert times.pop(part) > 200
+        assert max(times.values()) < 200
+
+
+def test_one_token_has_no_decode_time(talker):
+    assert ask(*talker, [tiny.picture()], "what?", max_new_tokens=1).decode_ms is None
