@@ -73,6 +73,7 @@ def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     """Where a method stands in a model of this configuration; `LacoError` if it cannot."""
     if not isinstance(method, Merger):
         raise LacoError(f"a vision encoder is compressed by a merger such as laco.LaCo(); got {method!r}")
+    encoder_of(config.vision_config)  # one that is not supported raises
     last = max(family.read_layers(config))
     layer = method.layer_in(config.vision_config.num_hidden_layers, last)
     kind = "external" if layer == last else "encoder"

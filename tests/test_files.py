@@ -1,0 +1,100 @@
+"""Directories and files that are written as a whole or not at all."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from laco import LacoError
+from laco.files import atomic_directory, exchange, write_file
+
+
+def write(directory: Path, tag: str, count: int = 20) -> None:
+    with atomic_directory(directory) as beside:
+        for index in range(count):
+            (beside / f"{index}.txt").write_text(tag)
+
+
+def tags(directory: Path) -> set[str]:
+    return {entry.read_text() for entry in directory.iterdir()}
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    write(tmp_path / "a" / "b", "old", count=30)
+    write(tmp_path / "a" / "b", "new")
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 20
+    assert tags(tmp_path / "a" / "b") == {"new"}
+    assert os.listdir(tmp_path / "a") == ["b"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_exception_leaves_what_was_there(tmp_path):
+    write(tmp_path / "d", "old")
+
+    def interrupted() -> None:
+        with atomic_directory(tmp_path / "d") as beside:
+            (beside / "0.txt").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert tags(tmp_path / "d") == {"old"}
+    assert os.listdir(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.py", "checkpoint-500"])
+def test_a_directory_with_other_things_is_not_replaced(foreign, tmp_path):
+    write(tmp_path / "d", "old")
+    if "." in foreign:
+        (tmp_path / "d" / foreign).touch()
+    else:
+        (tmp_path / "d" / foreign).mkdir()
+    with pytest.raises(LacoError, match=f"holds other things, such as {foreign}"):
+        write(tmp_path / "d", "new")
+    assert (tmp_path / "d" / "0.txt").read_text() == "old"
+
+
+def test_a_file_is_no_directory_and_the_reverse(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(LacoError, match="is a file"):
+        write(tmp_path / "file", "new")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(LacoError, match="cannot write"):
+        write_file(tmp_path / "directory", "new")
+    with pytest.raises(LacoError, match="cannot write"):
+        write_file(tmp_path / "file" / "below", "new")
+    assert sorted(os.listdir(tmp_path)) == ["directory", "file"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    write_file(tmp_path / "a" / "f.json", "old")
+    write_file(tmp_path / "a" / "f.json", b"new")
+    assert (tmp_path / "a" / "f.json").read_text() == "new"
+    assert os.listdir(tmp_path / "a") == ["f.json"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a" / "f.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def write_on_and_on(directory: Path) -> None:
+    while True:
+        write(directory, "one")
+        write(directory, "two")
+
+
+def test_a_kill_at_any_moment_leaves_one_whole_directory(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    if not exchange(tmp_path / "one", tmp_path / "two"):
+        pytest.skip("this file system cannot swap two names in one step")
+    write(tmp_path / "d", "one")
+    for attempt in range(20):
+        process = multiprocessing.get_context("fork").Process(target=write_on_and_on, args=(tmp_path / "d",))
+        process.start()
+        time.sleep(0.02 + 0.0037 * attempt)
+        process.kill()
+        process.join()
+        assert len(list((tmp_path / "d").iterdir())) == 20
+        assert len(tags(tmp_path / "d")) == 1
