@@ -1,9 +1,11 @@
 """What has to hold for every family and encoder with a merger at every place."""
 
+from copy import deepcopy
 from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -89,17 +91,50 @@ def test_the_stock_checkpoint_leaves_only_the_compressor_missing(compressed, tmp
     assert started_well(found), "transformers initialised the compressor, not its own reset_parameters"
 
 
+def to_hub_format(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of keys in checkpoints on the hub, written by transformers 4."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+        renamed[key.replace("language_model.", "language_model.model.")] = tensor
+    return renamed
+
+
+def test_hub_checkpoints_load_and_are_saved_again(compressed, tmp_path):
+    model, processor = compressed
+    family, config = family_of(model), deepcopy(model.config)
+    (step,) = family.steps(model.config)
+    laco.decompress(model, processor)
+    stock = last_logits(model, tiny.inputs(processor, *PROMPTS))
+    laco.save_pretrained(model, processor, tmp_path / "hub")
+    weights = tmp_path / "hub" / "model.safetensors"
+    save_file(to_hub_format(load_file(weights)), weights, metadata={"format": "pt"})
+
+    again, other = laco.from_pretrained(tmp_path / "hub")
+    assert torch.equal(last_logits(again, tiny.inputs(other, *PROMPTS)), stock)
+    laco.compress(again, other, step.merger)
+    tiny.scramble(again)
+    laco.save_pretrained(again, other, tmp_path / "compressed")
+    third, other = laco.from_pretrained(tmp_path / "compressed")
+    batch = tiny.inputs(other, *PROMPTS)
+    assert torch.equal(last_logits(third, batch), last_logits(again, batch))
+
+    model_class = family.connected if step.place == "projector" else family.stock
+    _, info = model_class.from_pretrained(tmp_path / "hub", config=config, output_loading_info=True)
+    assert info["missing_keys"] == {key for key in third.state_dict() if ".compressor." in key}
+
+
+@torch.no_grad()
 def started_well(compressor: torch.nn.Module) -> bool:
     """What `reset_parameters` of these methods chooses and no initialisation of transformers does."""
     if isinstance(compressor, TokenPackerProjector):
         bound = (0.5 * 6 / (2 * compressor.width)) ** 0.5  # Xavier with gain sqrt(1/2)
         largest = float(compressor.attention.q.weight.abs().max())
         return 0.9 * bound < largest <= bound and float(compressor.mlp[0].bias.abs().max()) == 0
-    zeros = [compressor.fc2, compressor.saliency]
-    width = compressor.fc1.in_features
-    return all(float(linear.weight.abs().max()) == 0 for linear in zeros) and (
-        float(compressor.fc1.weight.abs().max()) <= width**-0.5 and float(compressor.fc1.bias.abs().max()) > 0
-    )
+    zeros = [compressor.fc2.weight, compressor.saliency.weight]
+    bound = compressor.fc1.in_features**-0.5  # of torch's own nn.Linear
+    largest = float(compressor.fc1.weight.abs().max())
+    return all(float(weight.abs().max()) == 0 for weight in zeros) and 0.9 * bound < largest <= bound
 
 
 def grads(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
