@@ -56,7 +56,7 @@ def picture(tmp_path):
 def test_every_command_has_help_with_an_example(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("ask", "compress", "train", "eval", "methods", "families"):
+    for command in ("demo", "ask", "compress", "train", "eval", "methods", "families"):
         assert command in out
         code, help_text, _ = run(command, "--help")
         assert code == 0
@@ -155,8 +155,12 @@ def test_compressing_twice_at_the_same_place(run, refused, talker_directory, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_bad_models(refused, talker_directory, tmp_path, picture):
-    assert "nowhere" in refused("ask", tmp_path / "nowhere", "--image", picture, "what?")
+def test_bad_models(refused, talker_directory, tmp_path, picture, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # neither may be looked for on the hub
+    for name in (tmp_path / "nowhere", "nowhere", f"{tmp_path.name}/../nowhere"):
+        assert f"there is no model directory {name}" in refused("ask", name, "--image", picture, "what?")
+    assert "no model directory nowhere" in refused("eval", talker_directory, "--reference", "nowhere")
+    assert "no model directory nowhere" in refused("demo", "--model", "nowhere", "--output", "out")
     (tmp_path / "empty").mkdir()
     assert "empty" in refused("eval", tmp_path / "empty")
     broken = tmp_path / "broken"
@@ -166,6 +170,8 @@ def test_bad_models(refused, talker_directory, tmp_path, picture):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "broken" in refused("compress", broken, "-o", tmp_path / "out")
+    (tmp_path / "models").mkdir()
+    assert "no model directory models/typo" in refused("compress", "models/typo", "-o", "out")
     assert not (tmp_path / "out").exists()
 
 

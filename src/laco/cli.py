@@ -5,6 +5,7 @@ Modules that load torch are imported by the commands that need them, and only th
 
 import json
 import sys
+from contextlib import redirect_stdout
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -36,6 +37,26 @@ def main() -> None:
     except (LacoError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"laco: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@app.command(epilog="Example: laco demo --output out/demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the report.")] = Path("out/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Hardly any training: shows only that it runs.")] = False,
+    model: Annotated[str | None, typer.Option(help="Directory of another model than the bundled one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, training and test pictures.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on the bundled model in minutes: insert, heal, measure, report."""
+    if model is not None:
+        check_model(model)
+    quiet()
+    from laco.demo import run
+
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = run(output, quick, model=model, seed=seed)
+    if as_json:
+        print_json(results.model_dump(mode="json"))
 
 
 @app.command(epilog="Example: laco ask models/laco-tiny --image picture.png 'which word is written?'")
@@ -153,7 +174,9 @@ def evaluate(
     """Answer held-out questions: exact match by family with 95 % intervals, and loyalty."""
     from laco.data import load_samples
 
-    load_samples(data, split=split, limit=samples, seed=seed)  # before the model: mistakes show at once
+    load_samples(data, split=split, limit=samples, seed=seed)  # mistakes show before models are loaded
+    if reference is not None:
+        check_model(reference)
     loaded = load(model)
 
     from laco.evaluate import evaluate as run
@@ -200,8 +223,16 @@ def families(as_json: AsJson = False) -> None:
     print_catalogue(catalogue(), as_json, ("name", "architectures", "encoders", "holds"))
 
 
+def check_model(name: str) -> None:
+    """Refuses what can be no model, before the hub is asked: neither a directory nor org/name."""
+    path = Path(name)
+    if not path.is_dir() and (len(path.parts) != 2 or path.parent.exists()):
+        raise LacoError(f"there is no model directory {name}")
+
+
 def load(model: str) -> tuple[Any, Any]:
     """A model and its processor, without the chatter of transformers."""
+    check_model(model)
     quiet()
     from laco.checkpoint import from_pretrained
 
