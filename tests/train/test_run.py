@@ -55,6 +55,10 @@ def test_from_scratch_gives_a_stock_model(tmp_path: Path) -> None:
     assert set(json.loads((out / "evaluation.json").read_text())["families"]) == {
         "word", "number", "chart", "colour", "count", "relation", "locate"
     }  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert f"{model.num_parameters():,} parameters" in card
+    assert "| see | 2 | 4 |" in card
+    assert "| **average** |" in card
     assert not work_directory(recipe(out)).exists()
 
 

@@ -80,6 +80,7 @@ class Recipe(_Strict):
     """A whole run. Exactly one of `model` (a directory to start from) and `new` (from scratch) is given."""
 
     output: str
+    description: str = Field("", description="opens the model card")
     model: str | None = None
     new: NewModel | None = None
     compress: list[dict[str, Any]] = Field(default_factory=list, description="methods to insert, e.g. {method: laco}")

@@ -17,9 +17,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from laco.checkpoint import from_pretrained, save_pretrained
 from laco.errors import LacoError
+from laco.evaluate import evaluate
 from laco.files import write_file
 from laco.methods import from_dict
 from laco.surgery import compress
+from laco.train.card import model_card
 from laco.train.collate import Collator
 from laco.train.data import make_source
 from laco.train.recipe import Recipe, Stage, load_recipe
@@ -29,7 +31,7 @@ from laco.train.trainer import DenseHeads, LacoTrainer, Learner, freeze
 _LOG = "log.jsonl"
 _LAUNCHED = "LACO_LAUNCHED"  # set in the processes that `_launch` starts, so that they do not launch again
 # What may change between a run and its resumption.
-_FREE = {"output", "processes", "log_steps", "save_steps", "evaluate"}
+_FREE = {"output", "description", "processes", "log_steps", "save_steps", "evaluate"}
 
 
 def train(recipe_path: str | Path, *, resume: bool = True, progress: bool = True, **overrides: Any) -> Path:
@@ -132,6 +134,8 @@ def _start(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         model, processor = from_pretrained(recipe.model)
     for entry in recipe.compress:
         compress(model, processor, from_dict(entry))
+    if recipe.compress and recipe.model and Path(recipe.model).is_dir():
+        model.config.base_model_name_or_path = str(Path(recipe.model).resolve())  # for the loyalty to it
     return model, processor
 
 
@@ -235,13 +239,14 @@ def _finish(
 ) -> None:
     """Saves the whole model, and beside it the recipe, the log of the run and, where asked for, the evaluation."""
     model.requires_grad_(True).eval()
-    extra = {
-        "recipe.json": recipe.model_dump_json(indent=1) + "\n",
-        "training_log.jsonl": "".join((directory / _LOG).read_text() for directory in directories),
-    }
+    log, report = "".join((directory / _LOG).read_text() for directory in directories), None
     if (judge := recipe.evaluate) is not None:
-        from laco.evaluate import evaluate  # evaluation and training do not need one another otherwise
-
         report = evaluate(model, processor, judge.data, seed=judge.seed, samples=judge.samples, progress=progress)
-        extra["evaluation.json"] = report.model_dump_json(indent=1) + "\n"
-    save_pretrained(model, processor, recipe.output, extra_files=extra)
+    files = {
+        "README.md": model_card(recipe, model, log, report),
+        "recipe.json": recipe.model_dump_json(indent=1) + "\n",
+        "training_log.jsonl": log,
+    }
+    if report is not None:
+        files["evaluation.json"] = report.model_dump_json(indent=1) + "\n"
+    save_pretrained(model, processor, recipe.output, extra_files=files)
