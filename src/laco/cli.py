@@ -57,6 +57,8 @@ def demo(
         results = run(output, quick, model=model, seed=seed)
     if as_json:
         print_json(results.model_dump(mode="json"))
+    if results.failures:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: laco ask models/laco-tiny --image picture.png 'which word is written?'")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
@@ -37,6 +38,7 @@ from laco.healing import HALVED, NONE, Protocol, Study, Variant, average_interva
 from laco.methods import AveragePool, LaCo, LDPv2, Merger, PixelShuffle, RandomKeep, TokenPacker, from_dict
 from laco.report import Example, Insertion, Results, Row, Shown, StageTimes, write_report
 from laco.train.collate import IGNORE, Collator, Item
+from laco.world import FAMILIES, World
 
 MODEL = Path(__file__).parents[2] / "models" / "laco-tiny"
 INSERTED: tuple[type[Merger], ...] = (LaCo, AveragePool, PixelShuffle, LDPv2, TokenPacker, RandomKeep)
@@ -51,7 +53,7 @@ COMPARED = ("none", "LaCo@1/4", "PixelShuffle@1/4", "LaCo@external")  # shown si
 class Size:
     """How much work a demo is. The full size takes at most 10 minutes on two quiet cores."""
 
-    pictures: int = 6
+    pictures: int = 8
     insertion_samples: int = 210
     samples: int = 700
     adapt_steps: int = 60
@@ -115,6 +117,7 @@ def run(
     )
     rows = [NONE, HALVED, *variants]
     study = run_study(rows, protocol, output / "healing", seeds=(seed,), workers=workers, progress=progress)
+    out.print(accuracy_table(make_rows(study, {})))
 
     out.rule("4/5  Time, measured in one interleaved run, beside what FLOPs predict", align="left")
     times = time_all(source, variants, size, seed, progress)
@@ -132,7 +135,7 @@ def run(
         machine=machine(),
         minutes=(time.perf_counter() - start) / 60,
     )
-    out.print(result_table(results.rows))
+    out.print(time_table(results.rows))
     for name, text in results.failures.items():
         out.print(f"failed: {name}: {text}", style="red", markup=False)
 
@@ -160,8 +163,6 @@ def show_answers(
     model: PreTrainedModel, processor: ProcessorMixin, pictures: int, seed: int, folder: Path, out: Console
 ) -> list[Example]:
     """Asks about a few held-out pictures, prints the answers, and keeps the pictures as files."""
-    from laco.world import World
-
     world, table = (
         World(seed + 1, "test"),
         Table("picture", "question", "answer", "truth", box=None, header_style="dim"),
@@ -183,8 +184,9 @@ def show_answers(
         first = not examples[sample.id].answers[NONE.name]
         examples[sample.id].answers[NONE.name].append(said)
         mark = "[green]✓[/]" if said.right else "[red]✗[/]"
-        table.add_row(str(file) if first else "", said.question, f"{mark} {said.answer}", said.truth)
+        table.add_row(file.name if first else "", said.question, f"{mark} {escape(said.answer)}", said.truth)
     out.print(table)
+    out.print(f"the pictures are in {folder}", highlight=False, soft_wrap=True)
     return list(examples.values())
 
 
@@ -287,11 +289,12 @@ def make_rows(study: Study, times: dict[str, dict[str, StageTimes]]) -> list[Row
     for summary in study.summaries():
         timed_as = summary.name if summary.method else NONE.name
         external = summary.method and summary.method["depth"] == 1
-        values = summary.model_dump(exclude={"method", "seconds"})
+        values = summary.model_dump(exclude={"method", "seconds", "families"})
         rows.append(
             Row(
                 **values,
                 place="none" if not summary.method else "external" if external else "inside",
+                families=in_order(summary.families),
                 times={stage: found[timed_as] for stage, found in times.items()},
             )
         )
@@ -321,31 +324,49 @@ def make_examples(study: Study, most: int = 4) -> list[Example]:
     ]
 
 
-def with_range(average: float, low: float, high: float) -> str:
-    return f"{average:.1f} [dim]{low:.0f}–{high:.0f}[/]"
+def in_order(families: dict[str, FamilyScore]) -> dict[str, FamilyScore]:
+    """Families as the world lists them: reading first."""
+    return {name: families[name] for name in FAMILIES if name in families}
 
 
-def family_cells(families: dict[str, FamilyScore]) -> list[str]:
-    return [f"{score.accuracy:.0f}" for score in families.values()]
-
-
-def insertion_table(insertions: Sequence[Insertion]) -> Table:
-    table = Table("compressor", "cosine", "accuracy", *insertions[0].families, box=None, header_style="dim")
-    for row in insertions:
-        cosine = "" if row.cosine is None else f"{row.cosine:.2f}"
-        table.add_row(row.name, cosine, with_range(row.average, row.low, row.high), *family_cells(row.families))
+def plain_table(*heads: str) -> Table:
+    """A table that fits 80 columns: names whole, numbers to the right."""
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    for head in heads:
+        table.add_column(head, no_wrap=True, justify="left" if head == heads[0] else "right")
     return table
 
 
-def result_table(rows: Sequence[Row]) -> Table:
-    table = Table("variant", "tokens", "accuracy", *rows[0].families, box=None, header_style="dim")
-    for stage in rows[0].times:
-        table.add_column(f"{stage} ms\n× (FLOPs ×)")
+def accuracy_cells(row: Insertion | Row) -> list[str]:
+    """Mean with half of its 95 % interval, then every family."""
+    mean = f"[bold]{row.average:.1f}[/] [dim]±{(row.high - row.low) / 2:.1f}[/]"
+    return [mean, *(f"{score.accuracy:.0f}" for score in row.families.values())]
+
+
+def insertion_table(insertions: Sequence[Insertion]) -> Table:
+    table = plain_table("inserted", "cosine", "accuracy", *insertions[0].families)
+    for row in insertions:
+        table.add_row(row.name, "" if row.cosine is None else f"{row.cosine:.2f}", *accuracy_cells(row))
+    return table
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    table = plain_table("healed", "accuracy", *rows[0].families)
     for row in rows:
-        times = [
-            f"{t.milliseconds:.2f}  [bold]{t.speedup.value:.2f}[/] ({t.predicted:.2f})" for t in row.times.values()
-        ]
-        name = row.name if row.healed else f"{row.name} [dim]as it is[/]"
-        accuracy = with_range(row.average, row.low, row.high)
-        table.add_row(name, f"{row.visual_tokens:.0f}", accuracy, *family_cells(row.families), *times)
+        table.add_row(row.name if row.healed else f"{row.name} [dim]*[/]", *accuracy_cells(row))
+    table.caption = "* as it is, not trained"
+    table.caption_justify = "left"
+    return table
+
+
+def time_table(rows: Sequence[Row]) -> Table:
+    """Milliseconds a picture, the measured speed-up, and in brackets the speed-up by FLOPs."""
+    table = plain_table("variant", "tokens", *(f"{stage} ms × (by FLOPs)" for stage in rows[0].times))
+    for row in rows:
+        if row.place != "none" or row.name == NONE.name:
+            cells = [
+                f"{t.milliseconds:.2f} [bold]{t.speedup.value:.2f}[/] [dim]({t.predicted:.2f})[/]"
+                for t in row.times.values()
+            ]
+            table.add_row(row.name, f"{row.visual_tokens:.0f}", *cells)
     return table

@@ -33,6 +33,7 @@ from pydantic import (
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
 
 from laco.checkpoint import from_pretrained
 from laco.data import Sample, load_samples
@@ -305,6 +306,7 @@ def steps_done(directory: Path) -> int:
 
 def do_job(directory: Path, reference: Path) -> None:
     """What the process of a job does: heal, save, evaluate."""
+    logging.disable_progress_bar()
     job = Job.model_validate_json((directory / "job.json").read_text())
     protocol, start, source = job.protocol, time.perf_counter(), Path(job.protocol.model)
     if job.variant.heal:

@@ -61,13 +61,13 @@ def finding(results: Results) -> str:
     text = (
         f"With LaCo after a quarter of its layers the vision encoder runs {speed:.1f} times as fast and the language"
         f" model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual tokens. After"
-        f" {results.protocol['steps']} steps of healing the model answers {ours.average:.0f} % of held-out questions,"
-        f" the uncompressed model {none.average:.0f} %"
+        f" {results.protocol['steps']} steps of healing the model answers {ours.average:.0f}\u00a0% of held-out"
+        f" questions, the uncompressed model {none.average:.0f}\u00a0%"
     )
     if rival is None:
         return text + "."
     apart = ours.low > rival.high or ours.high < rival.low
     return text + (
-        f"; pixel-shuffle at the same place reaches {rival.average:.0f} %"
+        f"; pixel-shuffle at the same place reaches {rival.average:.0f}\u00a0%"
         + ("." if apart else ", which is no clear difference: the intervals overlap.")
     )
