@@ -44,9 +44,7 @@ def merged_side(side: int, factor: int, odd: str) -> int:
         )
     if odd == "crop":
         if side < factor:
-            raise LacoError(
-                f'odd="crop" would leave nothing of a grid side of {side} tokens at factor {factor}'
-            )
+            raise LacoError(f'odd="crop" would leave nothing of a grid side of {side} tokens at factor {factor}')
         return side // factor
     return -(-side // factor)
 

@@ -73,9 +73,7 @@ def shuffle(case: Case) -> Outputs:
 
 def smolvlm_connector(case: Case) -> Outputs:
     x, factor = case.map("x"), case.hyper["r"]
-    projector = PixelShuffle(factor=factor, form="smolvlm").build_projector(
-        x.shape[-1], case.width("proj_weight")
-    )
+    projector = PixelShuffle(factor=factor, form="smolvlm").build_projector(x.shape[-1], case.width("proj_weight"))
     load(projector, case, {"mlp.0": "proj"})
     return {
         "shuffled": tokens(pixel_shuffle(x, factor)),
@@ -85,9 +83,7 @@ def smolvlm_connector(case: Case) -> Outputs:
 
 def internvl_mlp1(case: Case) -> Outputs:
     x, factor = case.map("x"), case.hyper["r"]
-    projector = PixelShuffle(factor=factor, form="internvl").build_projector(
-        x.shape[-1], case.width("fc2_weight")
-    )
+    projector = PixelShuffle(factor=factor, form="internvl").build_projector(x.shape[-1], case.width("fc2_weight"))
     load(projector, case, {"norm": "norm", "mlp.0": "fc1", "mlp.2": "fc2"}, eps="ln_eps")
     return {"y": tokens(merge_map(projector, x, factor, "error"))}
 
@@ -120,9 +116,7 @@ def tokenpacker(case: Case) -> Outputs:
     packer = TokenPacker(factor=factor, heads=case.hyper["heads"])
     projector = packer.build_projector(x.shape[-1], case.width("mlp2_weight"))
     names = {"q.0": "q_proj", "q.1": "ln_q", "mlp.0": "mlp1", "mlp.2": "mlp2"}
-    names |= {
-        f"{x}.{i}": name for x in "kv" for i, name in ((0, f"{x}_fc1"), (2, f"{x}_fc2"), (3, f"ln_{x}"))
-    }
+    names |= {f"{x}.{i}": name for x in "kv" for i, name in ((0, f"{x}_fc1"), (2, f"{x}_fc2"), (3, f"ln_{x}"))}
     names |= {f"attention.{x}": f"attn_{x}" for x in ("q", "k", "v", "out")}
     load(projector, case, names, eps="ln_eps")
     return {"y": tokens(projector.pack(to_windows(x, factor), to_windows(levels, factor)))}

@@ -74,9 +74,7 @@ def run_case(folder: Path, entry: dict[str, Any]) -> float:
     described = entry["arrays"]
     if missing := described.keys() - stored.keys():
         raise Different(f"{entry['file']} lacks the array {min(missing)}")
-    given = {
-        name: torch.from_numpy(stored[name]) for name in described if described[name]["role"] != "output"
-    }
+    given = {name: torch.from_numpy(stored[name]) for name in described if described[name]["role"] != "output"}
     with torch.inference_mode():
         outputs = CASES[entry["method"]](Case(given, entry["hyper"], entry["variant"]))
     ours = {name: output.numpy() for name, output in outputs.items()}

@@ -80,9 +80,7 @@ def test_reports_equal_different_and_not_implemented(tmp_path: Path, capsys: pyt
     entries[-1]["hyper"]["grid"] = [6, 6]
     code, lines = run_on(tmp_path, {"cases": entries}, capsys)
     assert code == 1
-    assert [
-        (line[:15].strip(), line.split()[-1] if line.startswith("not") else "") for line in lines[:-1]
-    ] == [
+    assert [(line[:15].strip(), line.split()[-1] if line.startswith("not") else "") for line in lines[:-1]] == [
         ("equal", ""),
         ("equal", ""),
         ("different", ""),
@@ -112,9 +110,7 @@ def test_all_equal_exits_with_0(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 @pytest.mark.parametrize("index", [None, "not json", "[]", '{"cases": 3}', '{"cases": [{"id": "x"}]}'])
-def test_a_foreign_folder_exits_with_2(
-    tmp_path: Path, index: str | None, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_foreign_folder_exits_with_2(tmp_path: Path, index: str | None, capsys: pytest.CaptureFixture) -> None:
     if index is not None:
         (tmp_path / "index.json").write_text(index)
     assert run.main([str(tmp_path)]) == 2
@@ -123,9 +119,7 @@ def test_a_foreign_folder_exits_with_2(
 
 def test_as_a_script(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"cases": [shuffle_case(tmp_path, "wrong", error=1.0)]}))
-    done = subprocess.run(
-        [sys.executable, run.__file__, tmp_path], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, run.__file__, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "0 equal, 1 different, 0 not implemented"
 

@@ -36,9 +36,7 @@ def window(x: Tensor, b: int, i: int, j: int, factor: int) -> list[Tensor]:
 def by_window(x: Tensor, factor: int, formula) -> Tensor:
     batch, height, width = x.shape[0], x.shape[1] // factor, x.shape[2] // factor
     rows = [
-        torch.stack(
-            [torch.stack([formula(window(x, b, i, j, factor)) for j in range(width)]) for i in range(height)]
-        )
+        torch.stack([torch.stack([formula(window(x, b, i, j, factor)) for j in range(width)]) for i in range(height)])
         for b in range(batch)
     ]
     return torch.stack(rows)
@@ -167,9 +165,7 @@ def test_ldpv2(factor: int) -> None:
     x = picture(factor)
 
     def pooled(tokens: list[Tensor]) -> Tensor:
-        return sum(linear(module.mlp[2], gelu(linear(module.mlp[0], token))) for token in tokens) / len(
-            tokens
-        )
+        return sum(linear(module.mlp[2], gelu(linear(module.mlp[0], token))) for token in tokens) / len(tokens)
 
     p = by_window(x, factor, pooled)
     wanted = torch.empty_like(p)
@@ -189,9 +185,7 @@ def test_token_packer(factor: int, levels: int) -> None:
     module = built(method.build(WIDTH) if levels == 1 else method.build_projector(WIDTH, 5))
     x = picture(factor, levels * WIDTH)
     last = x[..., -WIDTH:].permute(0, 3, 1, 2)
-    queries = F.interpolate(last, scale_factor=1 / factor, mode="bilinear", align_corners=False).permute(
-        0, 2, 3, 1
-    )
+    queries = F.interpolate(last, scale_factor=1 / factor, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
 
     def of_levels(part: nn.Sequential, token: Tensor) -> Tensor:
         return layer_norm(part[3], linear(part[2], gelu(linear(part[0], token))), 1e-6)

@@ -75,9 +75,7 @@ def test_gradient_reaches_input_and_every_parameter(cls: type[Merger], settings:
     assert counts.sum() == expected
     silent = [name for name, parameter in module.named_parameters() if not parameter.grad.abs().sum() > 0]
     # Logits over the one token of a 1 x 1 window change nothing, nor does a bias that all keys share.
-    logits = (
-        ("q.", "k.", "attention.q.", "attention.k.", "saliency") if factor == 1 else ("attention.k.bias",)
-    )
+    logits = ("q.", "k.", "attention.q.", "attention.k.", "saliency") if factor == 1 else ("attention.k.bias",)
     assert [name for name in silent if not name.startswith(logits)] == []
 
 

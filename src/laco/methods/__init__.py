@@ -59,13 +59,9 @@ def registry() -> dict[str, type[Method]]:
     for entry in entry_points(group="laco.methods"):
         method = entry.load()
         if not (isinstance(method, type) and issubclass(method, Method)):
-            raise LacoError(
-                f"the entry point {entry.value!r} of group laco.methods is no laco.methods.Method"
-            )
+            raise LacoError(f"the entry point {entry.value!r} of group laco.methods is no laco.methods.Method")
         if method.name in methods:
-            raise LacoError(
-                f"the entry point {entry.value!r} of group laco.methods reuses the name {method.name!r}"
-            )
+            raise LacoError(f"the entry point {entry.value!r} of group laco.methods reuses the name {method.name!r}")
         methods[method.name] = method
     return methods
 

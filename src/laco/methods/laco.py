@@ -57,7 +57,7 @@ class LaCo(Merger):
 
     name: ClassVar[str] = "laco"
     title: ClassVar[str] = "LaCo patch merge layer"
-    paper: ClassVar[str] = "LaCo: Efficient Layer-wise Compression of Visual Tokens, arXiv 2507.02279"
+    paper: ClassVar[str] = "LaCo: Efficient Layer-wise Compression of Visual Tokens for MLLMs, arXiv 2507.02279"
     confirmed: ClassVar[str] = (
         "after layer k of L (LaCo@k/L, default 1/4); pixel shuffle, MLP r^2 C -> C, plus the parameter-free"
         " space-to-channel and channel-averaging shortcut"
@@ -80,9 +80,7 @@ class LaCo(Merger):
         if self.hidden is not None and self.hidden < 1:
             raise LacoError(f"laco: hidden must be 1 or more; got {self.hidden}")
         if self.zero_init and self.shortcut == "none":
-            raise LacoError(
-                'laco: zero_init with shortcut="none" would make every merged token zero; set it to False'
-            )
+            raise LacoError('laco: zero_init with shortcut="none" would make every merged token zero; set it to False')
 
     def build(self, width: int) -> "PatchMergeLayer":
         return PatchMergeLayer(width, self)

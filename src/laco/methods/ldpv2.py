@@ -26,12 +26,8 @@ class LDPv2(Merger):
     name: ClassVar[str] = "ldpv2"
     title: ClassVar[str] = "LDPv2 (MobileVLM V2)"
     paper: ClassVar[str] = "MobileVLM V2, arXiv 2402.03766"
-    confirmed: ClassVar[str] = (
-        "layers, order, biases, erf GELU, zero-padded depthwise 3 x 3 plus identity, init"
-    )
-    assumed: ClassVar[str] = (
-        "pooling by the factor instead of to 12 x 12; inside the encoder the output width is C"
-    )
+    confirmed: ClassVar[str] = "layers, order, biases, erf GELU, zero-padded depthwise 3 x 3 plus identity, init"
+    assumed: ClassVar[str] = "pooling by the factor instead of to 12 x 12; inside the encoder the output width is C"
     trained: ClassVar[bool] = True
     is_projector: ClassVar[bool] = True
 

@@ -37,8 +37,7 @@ class TokenPacker(Merger):
         "layers, 8 heads, LayerNorm eps 1e-6, no residual from the query, init; levels 12, 16, 22, 23 of 24"
     )
     assumed: ClassVar[str] = (
-        "the same relative depths in other encoders; inside the encoder one level, the current one,"
-        " and output width C"
+        "the same relative depths in other encoders; inside the encoder one level, the current one, and output width C"
     )
     trained: ClassVar[bool] = True
     is_projector: ClassVar[bool] = True

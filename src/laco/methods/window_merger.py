@@ -33,9 +33,7 @@ class WindowMerger(Merger):
     name: ClassVar[str] = "window_merger"
     title: ClassVar[str] = "window-attention merger (LLaVA-UHD v4, MiniCPM-V 4.6)"
     paper: ClassVar[str] = "LLaVA-UHD v4, arXiv 2605.08985"
-    confirmed: ClassVar[str] = (
-        "layers, norms (eps 1e-6), tanh GELU, mean residual after the attention, parameter reuse"
-    )
+    confirmed: ClassVar[str] = "layers, norms (eps 1e-6), tanh GELU, mean residual after the attention, parameter reuse"
     assumed: ClassVar[str] = (
         "zero init without reuse; depth 1/4 (paper: k = 6 of 27); odd grids padded (reference refuses)"
     )

@@ -1,4 +1,4 @@
-"""Letters, digits and shapes as small alpha masks, drawn once and kept. Fonts come with matplotlib, none from the system."""
+"""Letters, digits and shapes as small alpha masks, drawn once and kept; the fonts come with matplotlib."""
 
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ def glyph(font: str, size: int, char: str) -> tuple[np.ndarray, int]:
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
     face = ImageFont.truetype(str(path), size)
     ascent, _ = face.getmetrics()
-    top = face.getbbox("H")[1]  # capitals and digits have no descender: cut the line above and below them
+    top = round(face.getbbox("H")[1])  # capitals and digits have no descender: cut the line above and below them
     advance = max(round(face.getlength(char)), 1)
     picture = Image.new("L", (advance + 2, ascent - top + 1))
     ImageDraw.Draw(picture).text((1, -top), char, fill=255, font=face)

@@ -44,12 +44,9 @@ def dense_labels(scene: Scene, patch: int = 8) -> dict[str, np.ndarray]:
             x = chart.x + 2 + i * BAR_PITCH + BAR_WIDTH / 2
             # The patch at the foot always; those above it as far as the bar fills most of them.
             top = min(base - 2, base - value * UNIT + patch // 2)
-            cells = (slice(int(top // patch), int((base - 2) // patch) + 1), int(x // patch))
-            maps["what"][cells], maps["colour"][cells], maps["value"][cells] = (
-                _BAR,
-                _COLOUR[colour],
-                value - 1,
-            )
+            filled = (slice(int(top // patch), int((base - 2) // patch) + 1), int(x // patch))
+            for name, label in (("what", _BAR), ("colour", _COLOUR[colour]), ("value", value - 1)):
+                maps[name][filled] = label
         assert len(chart.values) == BARS
 
     for index, shape in enumerate(scene.shapes):

@@ -1,4 +1,4 @@
-"""Pictures of the embedded world: a word, a number, a bar chart and coloured shapes at random places, drawn from a seed.
+"""Scenes of the embedded world: a word, a number, a bar chart and coloured shapes at random places, from a seed.
 
 A scene is plain data (what stands where); `draw` turns it into a picture. All coordinates are pixels, origin top left.
 """

@@ -1,0 +1,115 @@
+"""The healing study: its rows, recipes, statistics; the processes themselves run in test_demo.py."""
+
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import laco
+from laco.data import load_samples
+from laco.errors import LacoError
+from laco.evaluate import FamilyScore
+from laco.evaluate.scores import wilson
+from laco.healing import (
+    NONE,
+    STUDENT_T,
+    Job,
+    Protocol,
+    Variant,
+    average_interval,
+    comparison,
+    halved,
+    pooled,
+    recipe_of,
+    run_study,
+    seed_interval,
+    variant,
+)
+
+
+def score(hits: int, n: int) -> FamilyScore:
+    low, high = wilson(hits, n)
+    return FamilyScore(accuracy=100 * hits / n, low=low, high=high, n=n)
+
+
+def test_names_of_variants() -> None:
+    assert variant(laco.LaCo()).name == "LaCo@1/4"
+    assert variant(laco.PixelShuffle()).name == "PixelShuffle@external"
+    assert variant(laco.LaCo(depth=1 / 12)).name == "LaCo@0.0833"
+    names = [row.name for row in comparison()]
+    assert len(set(names)) == len(names)
+    assert {"none", "down-sampled input", "AveragePool@1/4", "RandomKeep@1/4"} <= set(names)
+
+
+def test_two_variants_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = [variant(laco.LaCo()), variant(laco.LaCo(shortcut="saliency"))]
+    with pytest.raises(LacoError, match="two variants are called 'LaCo@1/4'"):
+        run_study(twice, Protocol(model="nowhere"), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "first"),
+    [
+        (laco.LaCo(), {"compressor", "projector"}),
+        (laco.LaCo(depth=1.0), {"compressor", "projector"}),
+        (laco.AveragePool(depth=1 / 4), {"projector"}),
+        (laco.PixelShuffle(depth=1.0), {"compressor"}),
+        (None, {"projector"}),
+    ],
+)
+def test_the_first_stage_trains_what_there_is(
+    talker_directory: Path, tmp_path: Path, method: laco.Method | None, first: set[str]
+) -> None:
+    protocol = Protocol(model=str(talker_directory), adapt_lr=0.1, heal_lr=0.2, distill=0.5)
+    row = variant(method) if method else Variant(name="none, healed")
+    recipe = recipe_of(Job(variant=row, seed=3, protocol=protocol), tmp_path / "model")
+    adapt, heal = recipe.stages
+    assert adapt.lr == dict.fromkeys(first, 0.1)
+    assert heal.lr == 0.2
+    assert recipe.distill is not None
+    assert recipe.distill.weight == 0.5
+    assert recipe.data.seed != recipe_of(Job(variant=row, seed=4, protocol=protocol), tmp_path / "model").data.seed
+
+
+def test_halved_pictures_lose_detail_and_stay_shared() -> None:
+    samples = load_samples("world", limit=14, seed=0)
+    found = halved(samples)
+    for one, other in zip(samples, found, strict=True):
+        before, after = (np.asarray(s.pictures()[0], dtype=float) for s in (one, other))
+        assert before.shape == after.shape
+        assert 0 < np.abs(before - after).mean() < 20
+    keys = [sample.picture_key for sample in samples]
+    assert [keys.index(key) for key in keys] == [
+        [s.picture_key for s in found].index(sample.picture_key) for sample in found
+    ]
+    stripes = Image.fromarray(np.tile(np.array([[0, 255]], dtype=np.uint8), (8, 4)))
+    assert np.ptp(np.asarray(halved([samples[0].__class__("", (stripes,), "", "", "")])[0].pictures()[0])) == 0
+
+
+def test_pooling_counts_all_questions() -> None:
+    assert pooled([score(30, 100), score(50, 100)]) == score(80, 200)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    low, high = seed_interval([40, 50, 60])
+    assert (low, high) == pytest.approx((50 - 4.303 * 10 / 3**0.5, 50 + 4.303 * 10 / 3**0.5))
+    assert seed_interval([0.0, 1.0])[0] == 0
+    values = list(STUDENT_T.values())
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > NormalDist().inv_cdf(0.975)
+
+
+def test_the_interval_of_a_mean_covers_it() -> None:
+    rng, truth, n, covered = np.random.default_rng(0), [0.9, 0.5, 0.05, 0.0], 100, 0
+    for _ in range(400):
+        low, high = average_interval([score(int(rng.binomial(n, p)), n) for p in truth])
+        covered += low <= 100 * np.mean(truth) <= high
+    assert 0.92 <= covered / 400 <= 0.99
+
+
+def test_none_is_not_healed() -> None:
+    assert not NONE.heal
+    assert NONE.method is None
