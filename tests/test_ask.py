@@ -1,7 +1,5 @@
 """`laco.ask`: the answer is that of a plain generate, the counts are right, the times are of what they say."""
 
-import time
-
 import pytest
 import torch
 
@@ -44,25 +42,25 @@ def test_uncompressed_processor_leaves_the_other_alone(talker):
 
 
 def test_times_are_of_what_they_say(talker, monkeypatch):
-    """Slow down the encoder, then the language model's prefill, then its decoding: only the right time grows."""
+    """On a clock that only the encoder, the prefill and the decoding of a token move on, every time is exact."""
     model, processor = talker
-    slow = {"encoder": 0.0, "prefill": 0.0, "decode": 0.0}
+    clock = [0.0]
+    monkeypatch.setattr("laco.ask.perf_counter", lambda: clock[0])
 
-    def delayed(module, wait):
+    def takes(module, seconds):
         run = module.forward
-        monkeypatch.setattr(module, "forward", lambda *a, **k: (time.sleep(wait(*a, **k)), run(*a, **k))[1])
 
-    delayed(model.model.vision_tower, lambda *_, **__: slow["encoder"])
-    delayed(
-        model.model.language_model,
-        lambda *_, inputs_embeds, **__: slow["prefill" if inputs_embeds.shape[1] > 1 else "decode"],
-    )
-    for part in slow:
-        slow |= dict.fromkeys(slow, 0.0) | {part: 0.2}
-        asked = ask(model, processor, [tiny.picture()], "what?", max_new_tokens=3)
-        times = {"encoder": asked.encoder_ms, "prefill": asked.prefill_ms, "decode": asked.decode_ms}
-        assert times.pop(part) > 200
-        assert max(times.values()) < 200
+        def forward(*args, **kwargs):
+            clock[0] += seconds(kwargs)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", forward)
+
+    takes(model.model.vision_tower, lambda _: 0.3)
+    takes(model.model.language_model, lambda given: 0.02 if given["inputs_embeds"].shape[1] > 1 else 0.004)
+    asked = ask(model, processor, [tiny.picture()], "what?", max_new_tokens=4)
+    times = asked.encoder_ms, asked.prefill_ms, asked.decode_ms
+    assert times == pytest.approx((300, 20, 4))
 
 
 def test_one_token_has_no_decode_time(talker):
