@@ -120,7 +120,8 @@ def run(
     out.print(accuracy_table(make_rows(study, {})))
 
     out.rule("4/5  Time, measured in one interleaved run, beside what FLOPs predict", align="left")
-    times = time_all(source, variants, size, seed, progress)
+    survived = [row for row in variants if any(outcome.job.variant == row for outcome in study.outcomes)]
+    times = time_all(source, survived, size, seed, progress)
     results = Results(
         command=command(),
         model=about,

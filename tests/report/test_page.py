@@ -48,7 +48,8 @@ def results() -> Results:
             "image_size": 96, "visual_tokens": 144,
         },
         protocol={
-            "adapt_steps": 6, "heal_steps": 12, "steps": 18, "batch_size": 4, "samples": 70, "seeds": [3], "eval_seed": 3,
+            "adapt_steps": 6, "heal_steps": 12, "steps": 18, "batch_size": 4, "samples": 70, "seeds": [3],
+            "eval_seed": 3,
         },
         timing={"rounds": 5, "batch": 2},
         shown=[example],
