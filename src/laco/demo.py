@@ -226,7 +226,14 @@ def insert_all(source: Path, samples: int, seed: int, progress: bool) -> list[In
         low, high = average_interval(list(report.families.values()))
         name = variant(method).name if method else NONE.name
         found.append(
-            Insertion(name=name, cosine=cosine, average=report.average, low=low, high=high, families=report.families)
+            Insertion(
+                name=name,
+                cosine=cosine,
+                average=report.average,
+                low=low,
+                high=high,
+                families=in_order(report.families),
+            )
         )
     return found
 
