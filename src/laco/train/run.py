@@ -64,7 +64,7 @@ def work_directory(recipe: Recipe) -> Path:
 
 def _launch(recipe: Recipe, resume: bool, progress: bool) -> None:
     """Starts this run again in several processes; two of one thread beat one of two threads on small models."""
-    given = work_directory(recipe).with_suffix(".json")
+    given = work_directory(recipe).with_suffix(".run.json")
     write_file(given, recipe.model_dump_json(indent=1))
     threads = max(1, (os.cpu_count() or 1) // recipe.processes)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(recipe.processes)]
