@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,17 +86,30 @@ def write_on_and_on(directory: Path) -> None:
         write(directory, "two")
 
 
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """A process of its own writes the directory again and again, until it is killed."""
+    process = multiprocessing.get_context("fork").Process(target=write_on_and_on, args=(directory,), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 def test_a_kill_at_any_moment_leaves_one_whole_directory(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     if not exchange(tmp_path / "one", tmp_path / "two"):
         pytest.skip("this file system cannot swap two names in one step")
     write(tmp_path / "d", "one")
-    for attempt in range(20):
-        process = multiprocessing.get_context("fork").Process(target=write_on_and_on, args=(tmp_path / "d",))
-        process.start()
-        time.sleep(0.02 + 0.0037 * attempt)
-        process.kill()
-        process.join()
+    with writing(tmp_path / "d"):
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            assert (tmp_path / "d").exists()
+    for attempt in range(10):
+        with writing(tmp_path / "d"):
+            time.sleep(0.02 + 0.0037 * attempt)
         assert len(list((tmp_path / "d").iterdir())) == 20
         assert len(tags(tmp_path / "d")) == 1

@@ -55,6 +55,7 @@ def test_decompress_gives_back_exactly_the_model_from_before(case):
     kept = [name for name in before["tensors"] if "multi_modal_projector" not in name]
     now = dict(model.named_parameters())
     assert all(id(now[name]) == before["tensors"][name] for name in kept)
+    assert not any(module.training for module in model.modules())
     assert logits_of(model, processor).shape[1] < logits.shape[1]
     assert laco.decompress(model, processor) == (model, processor)
     assert torch.equal(logits_of(model, processor), logits)

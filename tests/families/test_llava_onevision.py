@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers.image_processing_utils import select_best_resolution
 
 import laco
 import tiny
@@ -33,23 +34,15 @@ def test_placeholders_equal_packed_features_for_many_sizes(compressed):
     for _ in range(200):
         height, width = SIZES.randint(1, 5 * size), SIZES.randint(1, 5 * size)
         placeholders = processor._get_num_multimodal_tokens([[height, width]]).num_image_tokens[0]
-        shape = torch.tensor([height, width])
-        best = min(
-            (h // size * (w // size), h, w)
-            for h, w in config.image_grid_pinpoints
-            if (h, w) == tuple(select(shape.tolist(), config.image_grid_pinpoints))
-        )
-        features = torch.zeros(1 + best[0], grid.tokens, 4)
+        best_height, best_width = select_best_resolution([height, width], config.image_grid_pinpoints)
+        tiles = 1 + (best_height // size) * (best_width // size)
         packed, _ = model.model.pack_image_features(
-            [features], [shape], torch.zeros(4), vision_aspect_ratio=config.vision_aspect_ratio
+            [torch.zeros(tiles, grid.tokens, 4)],
+            torch.tensor([[height, width]]),
+            image_newline=torch.zeros(4),
+            vision_aspect_ratio=config.vision_aspect_ratio,
         )
         assert len(packed[0]) == placeholders, (height, width)
-
-
-def select(size, pinpoints):
-    from transformers.image_processing_utils import select_best_resolution
-
-    return select_best_resolution(size, pinpoints)
 
 
 def test_videos(compressed):
