@@ -22,6 +22,7 @@ PLACES = {"none": "uncompressed", "external": "after the encoder", "inside": "in
 
 def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Figure:
     """Accuracy after healing over the time to the first word, a point a variant; size in inches."""
+    narrow = size[0] < 5
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": COLOURS["muted"]}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -41,9 +42,9 @@ def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Fig
             )
         most = max((x for _, x in timed), default=1.0)
         top = max((row.high for row, _ in timed), default=100.0)
-        axes.set_xlim(0, most * (1.45 if size[0] < 5 else 1.28))
+        axes.set_xlim(0, most * (1.4 if narrow else 1.25))
         axes.set_ylim(0, min(100, top * 1.12))
-        label_points(axes, timed, gap=axes.get_ylim()[1] * 0.46 / size[1] * 0.42)
+        label_points(axes, timed, gap=axes.get_ylim()[1] * 0.19 / size[1], narrow=narrow)
         axes.set_xlabel("milliseconds to the first word, per picture", color=COLOURS["muted"])
         axes.set_ylabel("accuracy, % (mean of families)", color=COLOURS["muted"])
         axes.tick_params(colors=COLOURS["muted"], length=0)
@@ -55,10 +56,13 @@ def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Fig
             matplotlib.lines.Line2D([], [], color=COLOURS[place], marker="o", linestyle="none", label=PLACES[place])
             for place in places
         ]
+        if any(not row.healed for row, _ in timed):
+            hollow = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
+            handles += [matplotlib.lines.Line2D([], [], color=COLOURS["none"], label="hollow: not trained", **hollow)]
         figure.legend(
             handles=handles,
             loc="outside upper left",
-            ncols=1 if size[0] < 5 else len(places),
+            ncols=1 if narrow else len(handles),
             frameon=False,
             labelcolor=COLOURS["muted"],
             handletextpad=0.2,
@@ -66,7 +70,7 @@ def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Fig
     return figure
 
 
-def label_points(axes: matplotlib.axes.Axes, points: Sequence[tuple[Row, float]], gap: float) -> None:
+def label_points(axes: matplotlib.axes.Axes, points: Sequence[tuple[Row, float]], gap: float, narrow: bool) -> None:
     """Writes names right of their points; those that would overlap are spread and tied to their point by a line."""
     right = axes.get_xlim()[1]
     for place in PLACES:
@@ -77,8 +81,8 @@ def label_points(axes: matplotlib.axes.Axes, points: Sequence[tuple[Row, float]]
         heights = spread([row.average for row, _ in group], gap, *axes.get_ylim())
         for (row, x), height in zip(group, heights, strict=True):
             axes.plot([x, column], [row.average, height], color=COLOURS["grid"], linewidth=0.8, zorder=0)
-            text = row.name if row.healed else f"{row.name} (as it is)"
-            axes.text(column, height, text, va="center", color=COLOURS[place], fontsize=9)
+            text = row.name.replace(" ", "\n", 1) if narrow else row.name
+            axes.text(column, height, text, va="center", color=COLOURS[place], fontsize=8 if narrow else 9)
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:

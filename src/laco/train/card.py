@@ -38,7 +38,7 @@ def model_card(recipe: Recipe, model: PreTrainedModel, log: str, report: Report 
 USE = """```python
 import laco
 
-model, processor = laco.from_pretrained({path!r})
+model, processor = laco.from_pretrained("{path}")
 ```
 """
 
