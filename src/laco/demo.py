@@ -354,7 +354,9 @@ def accuracy_cells(row: Insertion | Row) -> list[str]:
 def insertion_table(insertions: Sequence[Insertion]) -> Table:
     table = plain_table("inserted", "cosine", "accuracy", *insertions[0].families)
     for row in insertions:
-        table.add_row(row.name, "" if row.cosine is None else f"{row.cosine:.2f}", *accuracy_cells(row))
+        table.add_row(
+            row.name.partition("@")[0], "" if row.cosine is None else f"{row.cosine:.2f}", *accuracy_cells(row)
+        )
     return table
 
 
@@ -368,8 +370,9 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
 
 
 def time_table(rows: Sequence[Row]) -> Table:
-    """Milliseconds a picture, the measured speed-up, and in brackets the speed-up by FLOPs."""
-    table = plain_table("variant", "tokens", *(f"{stage} ms × (by FLOPs)" for stage in rows[0].times))
+    table = plain_table("variant", "tokens", *rows[0].times)
+    table.caption = "milliseconds a picture, speed-up (speed-up by FLOPs)"
+    table.caption_justify = "left"
     for row in rows:
         if row.place != "none" or row.name == NONE.name:
             cells = [

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from laco.report.data import Row
 
@@ -52,13 +54,9 @@ def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Fig
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         places = [place for place in PLACES if any(row.place == place for row, _ in timed)]
-        handles = [
-            matplotlib.lines.Line2D([], [], color=COLOURS[place], marker="o", linestyle="none", label=PLACES[place])
-            for place in places
-        ]
+        handles = [handle(place, PLACES[place]) for place in places]
         if any(not row.healed for row, _ in timed):
-            hollow = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
-            handles += [matplotlib.lines.Line2D([], [], color=COLOURS["none"], label="hollow: not trained", **hollow)]
+            handles += [handle("none", "hollow: not trained", fill="none")]
         figure.legend(
             handles=handles,
             loc="outside upper left",
@@ -70,7 +68,13 @@ def accuracy_against_time(rows: Sequence[Row], size: tuple[float, float]) -> Fig
     return figure
 
 
-def label_points(axes: matplotlib.axes.Axes, points: Sequence[tuple[Row, float]], gap: float, narrow: bool) -> None:
+def handle(place: str, text: str, fill: str | None = None) -> Line2D:
+    """A line of the legend."""
+    colour = COLOURS[place]
+    return Line2D([], [], color=colour, marker="o", markerfacecolor=fill or colour, linestyle="none", label=text)
+
+
+def label_points(axes: Axes, points: Sequence[tuple[Row, float]], gap: float, narrow: bool) -> None:
     """Writes names right of their points; those that would overlap are spread and tied to their point by a line."""
     right = axes.get_xlim()[1]
     for place in PLACES:
