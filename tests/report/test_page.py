@@ -101,7 +101,10 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(results: Results)
 def test_the_finding_says_when_there_is_none(results: Results) -> None:
     assert "no clear difference" not in render(results)
     results.rows[2] = row("PixelShuffle@1/4", "inside", 68)
-    assert "no clear difference: the intervals overlap" in render(results)
+    results.rows.append(row("AveragePool@1/4", "inside", 40))
+    page = render(results)
+    assert "pixel-shuffle reaches 68\u00a0% (no clear difference: the intervals overlap)" in page
+    assert "and plain averaging reaches 40\u00a0%.</p>" in page
     results.rows = results.rows[:1]
     assert "was not measured in this run" in render(results)
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from laco.files import write_file
-from laco.report.data import Results
+from laco.report.data import Results, Row
 from laco.report.plots import accuracy_against_time, as_png, as_svg
 
 WIDE, NARROW = (9.0, 4.6), (4.2, 5.4)  # inches: for desks and for phones
@@ -54,20 +54,25 @@ def render(results: Results) -> str:
 
 def finding(results: Results) -> str:
     """The result in two sentences, from the numbers, whatever they are."""
-    none, ours, rival = (results.row(name) for name in ("none", "LaCo@1/4", "PixelShuffle@1/4"))
+    none, ours = results.row("none"), results.row("LaCo@1/4")
     if none is None or ours is None or not ours.times:
         return "LaCo at a quarter of the encoder's depth was not measured in this run."
-    speed = ours.times["encoder"].speedup.value
     text = (
-        f"With LaCo after a quarter of its layers the vision encoder runs {speed:.1f} times as fast and the language"
-        f" model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual tokens. After"
-        f" {results.protocol['steps']} steps of healing the model answers {ours.average:.0f}\u00a0% of held-out"
-        f" questions, the uncompressed model {none.average:.0f}\u00a0%"
+        f"With LaCo after a quarter of its layers the vision encoder runs {ours.times['encoder'].speedup.value:.1f} times"
+        f" as fast and the language model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual"
+        f" tokens. After {results.protocol['steps']} steps of healing the model answers {ours.average:.0f}\u00a0% of"
+        f" held-out questions, the uncompressed model {none.average:.0f}\u00a0%"
     )
-    if rival is None:
-        return text + "."
-    apart = ours.low > rival.high or ours.high < rival.low
-    return text + (
-        f"; pixel-shuffle at the same place reaches {rival.average:.0f}\u00a0%"
-        + ("." if apart else ", which is no clear difference: the intervals overlap.")
+    rivals = {"pixel-shuffle": "PixelShuffle@1/4", "plain averaging": "AveragePool@1/4"}
+    found = [(title, row) for title, name in rivals.items() if (row := results.row(name))]
+    if not found:
+        return f"{text}."
+    return f"{text}; at the same place {' and '.join(compared(title, row, ours) for title, row in found)}."
+
+
+def compared(title: str, row: Row, ours: Row) -> str:
+    """A rival's accuracy, and whether it can be told from ours."""
+    apart = ours.low > row.high or ours.high < row.low
+    return f"{title} reaches {row.average:.0f}\u00a0%" + (
+        "" if apart else " (no clear difference: the intervals overlap)"
     )
