@@ -22,6 +22,7 @@ from laco.evaluate.report import command
 from laco.files import write_file
 from laco.healing import Protocol, Study, Summary, Variant, average_interval, comparison, run_study, variant
 from laco.methods import LaCo
+from laco.world import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +37,7 @@ VARIANTS = [
 def as_markdown(study: Study, seeds: Sequence[int]) -> str:
     """The table of the results, with the command and the protocol."""
     protocol, summaries = study.protocol, study.summaries()
-    families = list(summaries[0].families)
+    families = [name for name in FAMILIES if name in summaries[0].families]
     heads = ["variant", "tokens", "average", "95 % over seeds", "95 % over questions", *families, "loyalty"]
     lines = [
         "# Healing on laco-tiny",

@@ -58,8 +58,8 @@ def finding(results: Results) -> str:
     if none is None or ours is None or not ours.times:
         return "LaCo at a quarter of the encoder's depth was not measured in this run."
     text = (
-        f"With LaCo after a quarter of its layers the vision encoder runs {ours.times['encoder'].speedup.value:.1f} times"
-        f" as fast and the language model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual"
+        f"With LaCo after a quarter of its layers the vision encoder runs"
+        f" {ours.times['encoder'].speedup.value:.1f} times as fast and the language model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual"
         f" tokens. After {results.protocol['steps']} steps of healing the model answers {ours.average:.0f}\u00a0% of"
         f" held-out questions, the uncompressed model {none.average:.0f}\u00a0%"
     )
