@@ -57,11 +57,12 @@ def finding(results: Results) -> str:
     none, ours = results.row("none"), results.row("LaCo@1/4")
     if none is None or ours is None or not ours.times:
         return "LaCo at a quarter of the encoder's depth was not measured in this run."
+    speed, steps = ours.times["encoder"].speedup.value, results.protocol["steps"]
     text = (
-        f"With LaCo after a quarter of its layers the vision encoder runs"
-        f" {ours.times['encoder'].speedup.value:.1f} times as fast and the language model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual"
-        f" tokens. After {results.protocol['steps']} steps of healing the model answers {ours.average:.0f}\u00a0% of"
-        f" held-out questions, the uncompressed model {none.average:.0f}\u00a0%"
+        f"With LaCo after a quarter of its layers the vision encoder runs {speed:.1f} times as fast and the language"
+        f" model reads {ours.visual_tokens:.0f} instead of {none.visual_tokens:.0f} visual tokens. After {steps} steps"
+        f" of healing the model answers {ours.average:.0f}\u00a0% of held-out questions, the uncompressed model"
+        f" {none.average:.0f}\u00a0%"
     )
     rivals = {"pixel-shuffle": "PixelShuffle@1/4", "plain averaging": "AveragePool@1/4"}
     found = [(title, row) for title, name in rivals.items() if (row := results.row(name))]
