@@ -79,6 +79,9 @@ def main() -> int:
     parser.add_argument("--heal-steps", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1400)
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the uncompressed model's logits")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", choices=[v.name for v in VARIANTS], help="all if left out"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes at a time; one a core when left out")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "healing", help="where jobs keep their state")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -91,7 +94,8 @@ def main() -> int:
         samples=given.samples,
         distill=given.distill,
     )
-    study = run_study(VARIANTS, protocol, given.output, seeds=given.seeds, workers=given.workers)
+    chosen = [row for row in VARIANTS if not given.variants or row.name in given.variants]
+    study = run_study(chosen, protocol, given.output, seeds=given.seeds, workers=given.workers)
     table = as_markdown(study, given.seeds)
     Console().print(Markdown(table))
     result = {
