@@ -5,7 +5,8 @@
 Takes about an hour on two cores (one single-thread process each); what is finished is kept in out/healing, so the
 command can be stopped and given again. Writes benchmarks/results/healing.json and healing.md. Exits with 1 if a variant
 failed. Baselines beside: the model as it is, the same after the same training (so that more training is not taken for
-a merit of compression), down-sampled input as it is, a random token of each window, average pooling.
+a merit of compression), down-sampled input as it is and after the same training, a random token of each window,
+average pooling.
 """
 
 import argparse
@@ -20,7 +21,17 @@ from rich.markdown import Markdown
 from laco.cost import machine
 from laco.evaluate.report import command
 from laco.files import write_file
-from laco.healing import Protocol, Study, Summary, Variant, average_interval, comparison, run_study, variant
+from laco.healing import (
+    HALVED_HEALED,
+    Protocol,
+    Study,
+    Summary,
+    Variant,
+    average_interval,
+    comparison,
+    run_study,
+    variant,
+)
 from laco.methods import LaCo
 from laco.world import FAMILIES
 
@@ -29,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 VARIANTS = [
     *comparison(),
     Variant(name="none, healed"),
+    HALVED_HEALED,
     variant(LaCo(depth=1 / 4, shortcut="saliency"), "LaCo@1/4, saliency"),
     variant(LaCo(depth=1 / 2)),
 ]

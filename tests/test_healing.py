@@ -13,6 +13,7 @@ from laco.errors import LacoError
 from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
 from laco.healing import (
+    HALVED_HEALED,
     NONE,
     STUDENT_T,
     Job,
@@ -87,6 +88,13 @@ def test_halved_pictures_lose_detail_and_stay_shared() -> None:
     ]
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], dtype=np.uint8), (8, 4)))
     assert np.ptp(np.asarray(halved([samples[0].__class__("", (stripes,), "", "", "")])[0].pictures()[0])) == 0
+
+
+def test_the_healed_baseline_learns_from_what_it_is_judged_on(talker_directory: Path, tmp_path: Path) -> None:
+    protocol = Protocol(model=str(talker_directory))
+    for row, factor in ((HALVED_HEALED, 2), (variant(laco.LaCo()), 1)):
+        recipe = recipe_of(Job(variant=row, seed=0, protocol=protocol), tmp_path / "model")
+        assert recipe.data.down_sample == factor
 
 
 def test_pooling_counts_all_questions() -> None:

@@ -20,7 +20,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from PIL import Image
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -42,6 +41,7 @@ from laco.evaluate import FamilyScore, Report, evaluate
 from laco.evaluate.scores import wilson
 from laco.files import write_file
 from laco.methods import AveragePool, LaCo, LDPv2, Method, PixelShuffle, RandomKeep, TokenPacker, from_dict
+from laco.pictures import down_sampled
 from laco.surgery import compress
 from laco.train import run as train
 from laco.train.recipe import Recipe, parse_recipe
@@ -64,7 +64,7 @@ class Variant(_Settings):
         name: label, unique in the study.
         method: settings of a method (`Method.to_dict`); None leaves the model uncompressed.
         heal: False evaluates as it is, without training.
-        halve: pictures are evaluated at half the resolution, enlarged again.
+        halve: pictures are shown at half the resolution, enlarged again, in healing and evaluation.
     """
 
     name: str
@@ -155,6 +155,7 @@ class Study(BaseModel):
 
 NONE = Variant(name="none", heal=False)
 HALVED = Variant(name="down-sampled input", heal=False, halve=True)
+HALVED_HEALED = Variant(name="down-sampled input, healed", halve=True)
 
 
 def variant(method: Method, name: str | None = None) -> Variant:
@@ -335,7 +336,12 @@ def recipe_of(job: Job, output: Path) -> Recipe:
         "output": str(output),
         "model": protocol.model,
         "compress": [job.variant.method] if job.variant.method else [],
-        "data": {"source": "world", "seed": TRAIN_SEED + job.seed, "split": "train"},
+        "data": {
+            "source": "world",
+            "seed": TRAIN_SEED + job.seed,
+            "split": "train",
+            "down_sample": 2 if job.variant.halve else 1,
+        },
         "stages": [
             {"name": "adapt", "steps": protocol.adapt_steps, "lr": dict.fromkeys(new, protocol.adapt_lr), **stage},
             {"name": "heal", "steps": protocol.heal_steps, "lr": protocol.heal_lr, **stage},
@@ -357,16 +363,9 @@ def trained_groups(job: Job) -> set[str]:
     return {group for group, _, _ in grouped(model)}
 
 
-def halve(picture: Image.Image) -> Image.Image:
-    """A picture at half its resolution (mean of 2 x 2 pixels), enlarged to its size again."""
-    width, height = picture.size
-    small = picture.resize((max(width // 2, 1), max(height // 2, 1)), Image.Resampling.BOX)
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
 def halved(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with halved pictures; those that share a picture go on sharing it."""
-    pictures = {sample.picture_key: tuple(map(halve, sample.pictures())) for sample in samples}
+    """The samples with pictures at half resolution; those that share a picture go on sharing it."""
+    pictures = {s.picture_key: tuple(down_sampled(picture, 2) for picture in s.pictures()) for s in samples}
     return [replace(sample, images=pictures[sample.picture_key]) for sample in samples]
 
 

@@ -73,3 +73,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         rgba = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return picture.convert("RGB")
+
+
+def down_sampled(picture: Image.Image, factor: int) -> Image.Image:
+    """A picture at 1/factor of its resolution (mean of factor x factor pixels), enlarged to its size again.
+
+    The baseline that every compression has to beat: as little detail as 1/factor^2 of the tokens could hold.
+    """
+    if factor == 1:
+        return picture
+    width, height = picture.size
+    small = picture.resize((max(width // factor, 1), max(height // factor, 1)), Image.Resampling.BOX)
+    return small.resize((width, height), Image.Resampling.BICUBIC)

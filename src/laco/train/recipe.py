@@ -32,6 +32,7 @@ class Data(_Strict):
     source: str = "world"
     seed: NonNegativeInt = 0
     split: str | None = None
+    down_sample: PositiveInt = Field(default=1, description="pictures lose detail by this factor, the baseline")
 
 
 class Stage(_Strict):
