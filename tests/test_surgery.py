@@ -14,7 +14,7 @@ from transformers import AutoConfig, BertConfig, BertModel, LlavaConfig, LlavaFo
 import laco
 import tiny
 from laco.families import family_of
-from laco.families.encoders import LacoSiglipVisionConfig
+from laco.families.encoders.siglip import LacoSiglipVisionConfig
 from laco.families.steps import Step, effective_patch_size
 
 METHODS = {

@@ -108,6 +108,7 @@ def synchronize() -> None:
 def uncompressed_processor(model: Any, processor: Any) -> Any:
     """A copy of a compressed model's processor that counts placeholder tokens as for the stock model."""
     config, processor = deepcopy(model.config), deepcopy(processor)
-    config.vision_config.patch_size = config.vision_config.embed_patch_size
-    family_of(model).set_processor(processor, config)
+    family = family_of(model)
+    config.vision_config = family.encoder_kind(config).with_steps(family.vision_config(config), [])
+    family.set_processor(processor, config)
     return processor

@@ -18,7 +18,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from laco._version import __version__
 from laco.errors import LacoError
 from laco.families import Family, Step, family_of
-from laco.families.encoders import encoder_of
 from laco.files import atomic_directory
 from laco.methods import Method
 from laco.surgery import compress, set_steps
@@ -149,7 +148,7 @@ def load_compressor(
     if present and present != steps:
         raise LacoError("the model is already compressed in another way; load the compressor into the base model")
 
-    widths = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+    widths = family.widths(model.config)
     with torch.device("meta"):
         wanted = {
             f"{place}.{key}": tuple(tensor.shape)
@@ -182,15 +181,16 @@ def built(steps: list[Step], width: int, text_width: int) -> dict[str, nn.Module
 
 def base_of(family: Family, model: PreTrainedModel) -> dict[str, Any]:
     """What a model must have in common with the one that a compressor was made for."""
-    vision = model.config.vision_config
+    config = model.config
+    kind, vision = family.encoder_kind(config), family.vision_config(config)
+    width, text_width = family.widths(config)
     return {
         "family": family.name,
-        "encoder": encoder_of(vision).name,
-        "layers": vision.num_hidden_layers,
-        "width": vision.hidden_size,
-        "text_width": model.config.text_config.hidden_size,
-        "image_size": vision.image_size,
-        "grid": list(family.own_grid(model.config)),
+        "encoder": kind.name,
+        "layers": kind.num_layers(vision),
+        "width": width,
+        "text_width": text_width,
+        **kind.geometry(vision),
     }
 
 
@@ -213,6 +213,7 @@ def listed(keys: Any, most: int = 3) -> str:
 def model_card(config: dict[str, Any], steps: list[Step]) -> str:
     """README.md of a saved compressor."""
     base, layers = config["base_model"] or "BASE_MODEL", config["base"]["layers"]
+    pixels = config["base"].get("image_size", "any number of")
     rows = [
         f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |" for step in steps
     ]
@@ -231,7 +232,7 @@ tags: [visual-token-compression]
 
 Only the compressor is here; everything else comes from the base model. Made with laco
 {config["laco_version"]} for family {config["base"]["family"]}, encoder {config["base"]["encoder"]},
-{config["base"]["image_size"]} pixels.
+{pixels} pixels.
 
 ```python
 import laco

@@ -17,8 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from laco.errors import LacoError
 from laco.families import Family, Step, family_of
 from laco.families.connector import Connector
-from laco.families.encoders import CompressedVisionModel, encoder_of
-from laco.families.steps import effective_patch_size
+from laco.families.encoders import CompressedVisionModel
 from laco.methods import Merger, Method
 
 
@@ -73,13 +72,14 @@ def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     """Where a method stands in a model of this configuration; `LacoError` if it cannot."""
     if not isinstance(method, Merger):
         raise LacoError(f"a vision encoder is compressed by a merger such as laco.LaCo(); got {method!r}")
-    encoder_of(config.vision_config)  # one that is not supported raises
+    layers = family.encoder_kind(config).num_layers(family.vision_config(config))
     last = max(family.read_layers(config))
-    layer = method.layer_in(config.vision_config.num_hidden_layers, last)
+    layer = method.layer_in(layers, last)
     kind = "external" if layer == last else "encoder"
     if kind not in method.places:
         raise LacoError(f"{method.name} does not work at the place {kind}, only {', '.join(sorted(method.places))}")
-    return Step.at(method, layer, "projector" if method.is_projector and layer == last else "encoder")
+    as_projector = method.is_projector and family.connects and layer == last
+    return Step.at(method, layer, "projector" if as_projector else "encoder")
 
 
 def set_steps(model: PreTrainedModel, processor: ProcessorMixin | None, steps: Sequence[Step]) -> None:
@@ -90,64 +90,54 @@ def set_steps(model: PreTrainedModel, processor: ProcessorMixin | None, steps: S
     steps = sorted(steps, key=lambda step: step.layer)
     if processor is not None:
         family.check_processor(processor, config)
-    projector, read = new_projector(model, family, steps)
-    first, inside = min(family.read_layers(config, read)), [step for step in steps if step.place == "encoder"]
-    if inside and inside[-1].layer > first:
-        raise LacoError(
-            f"the language model also reads the output of encoder layer {first}, which merging after layer"
-            f" {inside[-1].layer} would leave on another grid; compress after layer {first} or earlier"
-        )
-    encoder = new_encoder(family.encoder(model), steps)
+    replaced = new_projector(model, family, steps) if family.connects else None
+    family.check_steps(config, steps, replaced[1] if replaced else None)
+    encoder = new_encoder(family.encoder(model), family, config, steps)
 
     family.set_encoder(model, encoder)
-    family.set_projector(model, projector, read)
+    if replaced:
+        family.set_projector(model, *replaced)
+    family.set_classes(model, steps)
     if processor is not None:
         family.set_processor(processor, config)
 
 
-def new_encoder(old: Any, steps: Sequence[Step]) -> Any:
+def new_encoder(old: Any, family: Family, config: PreTrainedConfig, steps: Sequence[Step]) -> Any:
     """An encoder with these mergers, around the parameters and buffers of the old one."""
-    kind = encoder_of(old.config)
-    settings = old.config.to_dict()
-    del settings["model_type"]
-    settings.pop("compression", None)
-    settings["patch_size"] = own = settings.pop("embed_patch_size", settings["patch_size"])
-    if steps:
-        settings["patch_size"] = effective_patch_size(settings["image_size"], own, steps)
-        settings |= {"embed_patch_size": own, "compression": [step.to_dict() for step in steps]}
-    config = (kind.compressed_config if steps else kind.stock_config)(**settings)
-    config._attn_implementation = old.config._attn_implementation
+    kind = family.encoder_kind(config)
+    settings = kind.with_steps(old.config, steps)
     with torch.device("meta"):
-        new: Any = (kind.compressed if steps else kind.stock)(config)
+        new: Any = (kind.compressed if steps else kind.stock)(settings)
 
     move_tensors(old, new)
     present = old.compressors() if isinstance(old, CompressedVisionModel) else {}
     for step in steps:
         if step.place == "encoder" and step.layer not in present:
-            merging = new.encoder.layers[step.layer - 1]
-            merging.compressor = fresh(partial(step.merger.build, settings["hidden_size"]), like=old)
+            merging = kind.layers(new)[step.layer - 1]
+            merging.compressor = fresh(partial(step.merger.build, kind.width(settings)), like=old)
     return new
 
 
 def new_projector(model: PreTrainedModel, family: Family, steps: Sequence[Step]) -> tuple[nn.Module, int | list[int]]:
     """The projector of a model with these mergers, and the `vision_feature_layer` that it reads."""
     config, old, read = model.config, family.projector(model), model.config.vision_feature_layer
+    kind, vision = family.encoder_kind(config), family.vision_config(config)
     step = next((step for step in steps if step.place == "projector"), None)
     if step is None:
         return original_projector(old) if isinstance(old, Connector) else (old, read)
     if isinstance(old, Connector):
         return old, read
 
-    if (config.vision_feature_select_strategy == "default") != (family.prefix(config) == 1):
+    if (config.vision_feature_select_strategy == "default") != (kind.prefix(vision) == 1):
         raise LacoError(
             f"{step.merger.name} as the projector needs all patch tokens of the encoder and no others; the"
             f" vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not give them"
         )
-    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    widths = kind.width(vision), family.text_config(config).hidden_size
     connector = fresh(partial(Connector, step.merger, *widths), like=old)
     connector.replaced = old, read
     if step.merger.projector_levels:
-        layers = config.vision_config.num_hidden_layers
+        layers = kind.num_layers(vision)
         levels = [round(level * layers) for level in step.merger.projector_levels]
         return connector, [*(min(max(level, 1), step.layer) for level in levels), step.layer]
     return connector, read if isinstance(read, int) else step.layer
@@ -172,6 +162,11 @@ def fresh(build: Callable[[], Any], like: nn.Module) -> Any:
         return build().to(reference.dtype).train(like.training)
 
 
+def same_kind(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of one class, or one merges what the other's class puts out."""
+    return isinstance(one, type(other)) or isinstance(other, type(one))
+
+
 def move_tensors(old: nn.Module, new: nn.Module) -> None:
     """Gives a newly built encoder the very parameters and buffers of the old one, and its modules' state."""
     parts = dict(new.named_modules())
@@ -182,7 +177,7 @@ def move_tensors(old: nn.Module, new: nn.Module) -> None:
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         part = parts.get(name)
-        if part is None or (tensors and type(part) is not type(module)):
+        if part is None or (tensors and not same_kind(part, module)):
             raise LacoError(
                 f"the vision encoder is not as it was loaded: {name} is a {type(module).__name__}; compress"
                 " before quantising it or adding adapters to it"

@@ -124,7 +124,7 @@ def test_hub_checkpoints_load_and_are_saved_again(compressed, tmp_path):
     batch = tiny.inputs(other, *PROMPTS)
     assert torch.equal(last_logits(third, batch), last_logits(again, batch))
 
-    model_class = family.connected if step.place == "projector" else family.stock
+    model_class = family.compressed if step.place == "projector" else family.stock
     _, info = model_class.from_pretrained(tmp_path / "hub", config=config, output_loading_info=True)
     assert info["missing_keys"] == {key for key in third.state_dict() if ".compressor." in key}
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from laco.errors import LacoError
-from laco.families import FAMILIES, Family
+from laco.families import family_of_config
+from laco.families.encoders.base import Size
 from laco.grid import Grid, merge_map
 from laco.methods import Merger, Method
 from laco.surgery import place
@@ -61,9 +61,15 @@ def linear_flops(tokens: float, inputs: int, outputs: int) -> float:
     return 2 * tokens * inputs * outputs
 
 
-def encoder_layer_flops(tokens: int, width: int, hidden: int, *, gated: bool = False) -> float:
-    """One transformer layer: four width x width projections, attention, an MLP of two (gated: three) maps."""
-    attention = 4 * linear_flops(tokens, width, width) + 4 * tokens * tokens * width
+def encoder_layer_flops(
+    tokens: int, width: int, hidden: int, *, gated: bool = False, attended: int | None = None
+) -> float:
+    """One transformer layer: four width x width projections, attention, an MLP of two (gated: three) maps.
+
+    `attended` counts the pairs of tokens that attend to one another; None = all.
+    """
+    pairs = tokens**2 if attended is None else attended
+    attention = 4 * linear_flops(tokens, width, width) + 4 * pairs * width
     return attention + (3 if gated else 2) * linear_flops(tokens, width, hidden)
 
 
@@ -104,6 +110,7 @@ def stage_flops(
     model: PreTrainedModel | PreTrainedConfig,
     methods: Sequence[Method] = (),
     *,
+    size: Size | None = None,
     pictures: int = 1,
     text_tokens: int = 32,
     visual_tokens: int | None = None,
@@ -114,6 +121,7 @@ def stage_flops(
     Args:
         model: a model of a known family, stock or compressed, or only its configuration.
         methods: mergers to count as if they were put into it.
+        size: height and width in pixels of a picture, for families whose grids depend on it.
         pictures: what the vision encoder sees: pictures, tiles or frames.
         text_tokens: all other tokens of the sequence.
         visual_tokens: what the language model reads, if not every token of every picture (families that add line
@@ -128,49 +136,43 @@ def stage_flops(
     steps = [*family.steps(config), *(place(method, family, config) for method in methods)]
     inside = sorted((step for step in steps if step.place == "encoder"), key=lambda step: step.layer)
     connector = next((step.merger for step in steps if step.place == "projector"), None)
-    vision, text = config.vision_config, config.text_config
-    width, hidden, prefix = vision.hidden_size, vision.intermediate_size, family.prefix(config)
+    kind, vision, text = family.encoder_kind(config), family.vision_config(config), family.text_config(config)
+    width, text_width = family.widths(config)
+    prefix, (hidden, gated) = kind.prefix(vision), kind.mlp(vision)
 
     # Through the encoder from merger to merger, with the grid.
-    grid, compressor, passed, spans = family.own_grid(config), 0.0, 0, []
-    patch = getattr(vision, "embed_patch_size", None) or vision.patch_size
-    patch_embedding = linear_flops(grid.tokens, vision.num_channels * patch**2, width)
-    for step in inside:
-        spans.append((step.layer - passed) * encoder_layer_flops(grid.tokens + prefix, width, hidden))
-        compressor += merger_flops(step.merger, grid, width)
-        grid, passed = step.merger.num_tokens(grid), step.layer
-    layer = encoder_layer_flops(grid.tokens + prefix, width, hidden)
-    last = max(family.read_layers(config))
-    spans.append((last - passed) * layer)
-    unread = (vision.num_hidden_layers - last) * layer
+    grid, merged = family.own_grid(config, size), False
+    before = compressor = after = unread = 0.0
+    patch_embedding = linear_flops(grid.tokens, kind.patch_values(vision), width)
+    last, mergers = max(family.read_layers(config)), {step.layer: step.merger for step in inside}
+    for layer in range(kind.num_layers(vision)):
+        attended = kind.attended(vision, grid, layer)
+        flops = encoder_layer_flops(grid.tokens + prefix, width, hidden, gated=gated, attended=attended)
+        if layer >= last:
+            unread += flops
+        elif merged:
+            after += flops
+        else:
+            before += flops
+        if merger := mergers.get(layer + 1):
+            compressor += merger_flops(merger, grid, width)
+            grid, merged = merger.num_tokens(grid), True
     if getattr(vision, "vision_use_head", False):
         unread += pooling_head_flops(grid.tokens, width, hidden)
 
-    read = grid.tokens + prefix - (config.vision_feature_select_strategy == "default")
     if connector is not None:
-        projector = merger_flops(connector, grid, width, text.hidden_size)
+        projector = merger_flops(connector, grid, width, text_width)
         read = connector.num_tokens(grid).tokens
     else:
-        joined = len(family.read_layers(config)) * width
-        projector = linear_flops(read, joined, text.hidden_size) + linear_flops(
-            read, text.hidden_size, text.hidden_size
-        )
+        read = family.visual_tokens(config, grid)
+        projector = sum(linear_flops(read, inputs, outputs) for inputs, outputs in family.projections(config))
     sequence = (pictures * read if visual_tokens is None else visual_tokens) + text_tokens
     return StageFlops(
         patch_embedding=pictures * patch_embedding,
-        encoder_before=pictures * spans[0],
+        encoder_before=pictures * before,
         compressor=pictures * compressor,
-        encoder_after=pictures * sum(spans[1:]),
+        encoder_after=pictures * after,
         unread=pictures * unread,
         projector=pictures * projector,
         language_model=decoder_flops(text, sequence, logits),
     )
-
-
-def family_of_config(config: PreTrainedConfig) -> Family:
-    """The family of a configuration; `LacoError` naming the known ones if there is none."""
-    for family in FAMILIES:
-        if type(config) in (family.stock_config, family.connected_config):
-            return family
-    known = ", ".join(family.stock_config.__name__ for family in FAMILIES)
-    raise LacoError(f"{type(config).__name__} belongs to no family that laco knows; it knows {known}")

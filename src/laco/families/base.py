@@ -1,6 +1,8 @@
 """What surgery has to know of a family: a group of Hugging Face architectures that work alike."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,18 +16,26 @@ from transformers import (
 )
 
 from laco.errors import LacoError
-from laco.families.connector import Connector, ConnectorForConditionalGeneration, ConnectorModel
-from laco.families.encoders import CompressedVisionModel, encoder_of, take_over_conversions
-from laco.families.steps import Step, square_grid
+from laco.families.connector import Connector
+from laco.families.encoders import CompressedVisionModel, Encoder, encoder_of
+from laco.families.encoders.base import Size, take_over_conversions
+from laco.families.steps import Step
 from laco.grid import Grid
 
 
 class Family(ABC):
     """Where the parts of a model are, and which numbers of its processor follow from the encoder's grid.
 
-    Class data: `name` (of listings and saved compressors), `holds` (what works, for listings), the stock
-    classes with language-model head, without, and of the configuration, and their subclasses `connected` for
-    models with a merger as their projector.
+    Class data:
+        name: of listings and saved compressors. `holds`: what works, for listings.
+        stock, stock_model, stock_config: the stock classes with language-model head, without it, and of the
+            configuration.
+        compressed, compressed_model, compressed_config: their subclasses, for models that the stock classes
+            cannot build; None where these build every compressed model. See `wears_our_classes`.
+        encoders: those that are tested in it, for listings.
+        encoder_at, projector_at: paths of vision encoder and projector in the model.
+        connects: a merger may take the place of the projector. Not where that is itself a merger or has
+            other duties; there, external methods stand before it.
     """
 
     name: ClassVar[str]
@@ -33,114 +43,199 @@ class Family(ABC):
     stock: ClassVar[type[PreTrainedModel]]
     stock_model: ClassVar[type[PreTrainedModel]]
     stock_config: ClassVar[type[PreTrainedConfig]]
-    connected: ClassVar[type[ConnectorForConditionalGeneration]]
-    connected_config: ClassVar[type[PreTrainedConfig]]
-
-    @property
-    def connected_model(self) -> type[ConnectorModel]:
-        return self.connected.model_class
+    compressed: ClassVar[type[PreTrainedModel] | None] = None
+    compressed_model: ClassVar[type[PreTrainedModel] | None] = None
+    compressed_config: ClassVar[type[PreTrainedConfig] | None] = None
+    encoders: ClassVar[tuple[Encoder, ...]]
+    encoder_at: ClassVar[str] = "model.vision_tower"
+    projector_at: ClassVar[str] = "model.multi_modal_projector"
+    connects: ClassVar[bool] = False
 
     def register(self) -> None:
-        """Makes the Auto classes know the models with a merger as their projector."""
-        config = self.connected_config
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, self.connected_model, exist_ok=True)
-        AutoModelForImageTextToText.register(config, self.connected, exist_ok=True)
-        take_over_conversions(config.model_type, self.stock_config.model_type)
-        take_over_conversions(self.connected_model.__name__, self.stock_model.__name__)
+        """Makes the Auto classes know the classes of compressed models."""
+        if self.compressed is None or self.compressed_model is None or self.compressed_config is None:
+            return
+        AutoConfig.register(self.compressed_config.model_type, self.compressed_config, exist_ok=True)
+        AutoModel.register(self.compressed_config, self.compressed_model, exist_ok=True)
+        AutoModelForImageTextToText.register(self.compressed_config, self.compressed, exist_ok=True)
+        take_over_conversions(self.compressed_config.model_type, self.stock_config.model_type)
+        take_over_conversions(self.compressed_model.__name__, self.stock_model.__name__)
 
     def owns(self, model: nn.Module) -> bool:
-        return type(model) in (self.stock, self.connected)
+        return type(model) in (self.stock, self.compressed)
+
+    def owns_config(self, config: PreTrainedConfig) -> bool:
+        return type(config) in (self.stock_config, self.compressed_config)
 
     # The parts of a model.
 
     def encoder(self, model: PreTrainedModel) -> Any:
-        return model.model.vision_tower
+        return model.get_submodule(self.encoder_at)
 
-    def set_encoder(self, model: PreTrainedModel, encoder: PreTrainedModel) -> None:
-        model.model.vision_tower = encoder
-        model.config.vision_config = encoder.config
-        for part in (model, model.model):  # gathered from the encoder when the model was built
-            part._no_split_modules = {*(part._no_split_modules or ()), *(encoder._no_split_modules or ())}
-
-    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        return self.encoder(model).encoder.layers
+    def layers(self, model: PreTrainedModel) -> Any:
+        return self.encoder_kind(model.config).layers(self.encoder(model))
 
     def projector(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.multi_modal_projector
-
-    def set_projector(self, model: PreTrainedModel, projector: nn.Module, read: int | list[int]) -> None:
-        """Puts a projector in its place; whether it is a merger decides the (otherwise equal) classes."""
-        connected = isinstance(projector, Connector)
-        model.model.multi_modal_projector = projector
-        model.config.vision_feature_layer = read
-        model.__class__ = self.connected if connected else self.stock
-        model.model.__class__ = self.connected_model if connected else self.stock_model
-        model.config.__class__ = self.connected_config if connected else self.stock_config
+        return model.get_submodule(self.projector_at)
 
     def language_model(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.model.language_model
 
     def compressors(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """The mergers in a model by their places, `layers.{k}` or `projector`."""
-        encoder, projector = self.encoder(model), self.projector(model)
+        encoder = self.encoder(model)
         found: dict[str, nn.Module] = {}
         if isinstance(encoder, CompressedVisionModel):
             found = {f"layers.{k}": compressor for k, compressor in encoder.compressors().items()}
-        if isinstance(projector, Connector):
+        if self.connects and isinstance(projector := self.projector(model), Connector):
             found["projector"] = projector.compressor
         return found
 
+    # Changing a model, in place.
+
+    def wears_our_classes(self, steps: Sequence[Step]) -> bool:
+        """Whether a model with these mergers needs our subclasses of the family's classes.
+
+        As it is, it fits stock classes that build their vision encoder through the Auto classes; only a
+        merger as the projector is beyond them.
+        """
+        return any(step.place == "projector" for step in steps)
+
+    def set_encoder(self, model: PreTrainedModel, encoder: PreTrainedModel) -> None:
+        """Puts an encoder in its place, with its configuration."""
+        parent, _, name = self.encoder_at.rpartition(".")
+        setattr(model.get_submodule(parent), name, encoder)
+        model.config.vision_config = encoder.config
+        for part in (model, model.model):  # gathered from the encoder when the model was built
+            part._no_split_modules = {*(part._no_split_modules or ()), *(encoder._no_split_modules or ())}
+
+    def set_projector(self, model: PreTrainedModel, projector: nn.Module, read: int | list[int]) -> None:
+        """Puts a projector in its place, which reads the encoder's `vision_feature_layer` `read`."""
+        parent, _, name = self.projector_at.rpartition(".")
+        setattr(model.get_submodule(parent), name, projector)
+        model.config.vision_feature_layer = read
+
+    def set_classes(self, model: PreTrainedModel, steps: Sequence[Step]) -> None:
+        """Gives model and configuration the classes that build a model with these mergers.
+
+        They differ from the stock ones in construction alone, so an existing object can change between them.
+        """
+        ours = self.wears_our_classes(steps)
+        if self.compressed is None or self.compressed_model is None or self.compressed_config is None:
+            assert not ours, f"{self.name} has no classes for {steps}"
+            return
+        model.__class__ = self.compressed if ours else self.stock
+        model.model.__class__ = self.compressed_model if ours else self.stock_model
+        model.config.__class__ = self.compressed_config if ours else self.stock_config
+
     # The geometry, from a configuration alone.
+
+    def vision_config(self, config: Any) -> Any:
+        return config.vision_config
+
+    def text_config(self, config: Any) -> Any:
+        return config.text_config
+
+    def encoder_kind(self, config: PreTrainedConfig) -> Encoder:
+        return encoder_of(self.vision_config(config))
+
+    def widths(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """Channels of the encoder's tokens and of the language model's."""
+        width = self.encoder_kind(config).width(self.vision_config(config))
+        return width, self.text_config(config).hidden_size
+
+    def prefix(self, config: PreTrainedConfig) -> int:
+        """Prefix tokens of the encoder: CLS, registers."""
+        return self.encoder_kind(config).prefix(self.vision_config(config))
 
     def steps(self, config: PreTrainedConfig) -> list[Step]:
         """The mergers that a model of this configuration has, first to last."""
-        return getattr(config.vision_config, "steps", [])
+        return getattr(self.vision_config(config), "steps", [])
 
-    def read_layers(self, config: PreTrainedConfig, read: int | list[int] | None = None) -> list[int]:
+    def read_layers(self, config: Any, read: int | list[int] | None = None) -> list[int]:
         """The counts of encoder layers whose outputs the language model reads, or would by
-        `vision_feature_layer`.
+        `vision_feature_layer`; the last where a family has no such setting.
         """
-        read = config.vision_feature_layer if read is None else read
-        layers = config.vision_config.num_hidden_layers
+        layers = self.encoder_kind(config).num_layers(self.vision_config(config))
+        read = getattr(config, "vision_feature_layer", -1) if read is None else read
         return [index % (layers + 1) for index in ([read] if isinstance(read, int) else read)]
 
-    def own_grid(self, config: PreTrainedConfig) -> Grid:
-        """The grid of one picture (or tile, or frame) before any merger."""
-        vision = config.vision_config
-        return square_grid(vision.image_size, getattr(vision, "embed_patch_size", vision.patch_size))
+    def check_steps(self, config: Any, steps: Sequence[Step], read: int | list[int] | None = None) -> None:
+        """Raises `LacoError` where mergers inside the encoder, sorted by layer, are beyond the family.
 
-    def grid(self, config: PreTrainedConfig) -> Grid:
-        """The grid of one picture (or tile, or frame) as the language model sees it."""
-        return square_grid(config.vision_config.image_size, config.vision_config.patch_size)
+        As it is: all that the language model reads must lie on one grid.
+        """
+        first = min(self.read_layers(config, read))
+        last = max((step.layer for step in steps if step.place == "encoder"), default=0)
+        if last > first:
+            raise LacoError(
+                f"the language model also reads the output of encoder layer {first}, which merging after layer"
+                f" {last} would leave on another grid; compress after layer {first} or earlier"
+            )
+
+    def own_grid(self, config: PreTrainedConfig, size: Size | None = None) -> Grid:
+        """The grid of one picture (or tile, or frame) before any merger.
+
+        `size`, height and width in pixels, is needed where the grid depends on the picture.
+        """
+        return self.encoder_kind(config).own_grid(self.vision_config(config), size)
+
+    def grid(self, config: PreTrainedConfig, size: Size | None = None) -> Grid:
+        """The grid of one picture (or tile, or frame) behind all mergers."""
+        return self.encoder_kind(config).grid(self.vision_config(config), size)
+
+    def visual_tokens(self, config: Any, grid: Grid) -> int:
+        """Tokens that the language model reads of one picture (or tile, or frame), line breaks left out.
+
+        `grid` is what the encoder puts out; the family's own projector may merge it further.
+        """
+        return grid.tokens
+
+    def projections(self, config: Any) -> list[tuple[int, int]]:
+        """Widths in and out of the linear maps that the family's own projector applies to each such token."""
+        width, text_width = self.widths(config)
+        return [(len(self.read_layers(config)) * width, text_width), (text_width, text_width)]
 
     # The processor.
 
     @abstractmethod
-    def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The attributes that a processor must have to count placeholder tokens as this model needs them."""
+    def processor_numbers(self, config: Any) -> dict[str, Any]:
+        """The attributes that a processor must have to count placeholder tokens as this model needs them.
 
-    def check_processor(self, processor: Any, config: PreTrainedConfig) -> None:
+        A name with dots, such as `image_processor.patch_size`, is an attribute of a part.
+        """
+
+    def check_processor(self, processor: Any, config: Any) -> None:
         """Raises `LacoError` unless a processor counts and sizes pictures as the model does."""
         if not hasattr(processor, "image_processor"):
             raise LacoError(f"a {type(processor).__name__} is no processor of pictures and text")
-        picture = picture_size(processor.image_processor)
-        size = config.vision_config.image_size
-        pairs = {name: (getattr(processor, name, None), v) for name, v in self.processor_numbers(config).items()}
+        pairs = {name: (_get(processor, name), wanted) for name, wanted in self.processor_numbers(config).items()}
         pairs["image_token_id"] = (getattr(processor, "image_token_id", None), config.image_token_id)
-        pairs["the picture size"] = (picture, (size, size))
+        pairs |= self.picture_numbers(processor, config)
         for name, (found, wanted) in pairs.items():
             if found != wanted:
                 raise LacoError(f"the processor does not match the model: {name} is {found}, the model needs {wanted}")
 
+    def picture_numbers(self, processor: Any, config: Any) -> dict[str, tuple[Any, Any]]:
+        """What the processor makes of a picture and what the encoder takes, by name.
+
+        As it is, it fits encoders of one square picture size.
+        """
+        size = self.vision_config(config).image_size
+        return {"the picture size": (picture_size(processor.image_processor), (size, size))}
+
     def set_processor(self, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         """Lets a processor count placeholder tokens as a model of this configuration needs them."""
         for name, value in self.processor_numbers(config).items():
-            setattr(processor, name, value)
+            parent, _, attribute = name.rpartition(".")
+            setattr(attrgetter(parent)(processor) if parent else processor, attribute, value)
 
-    def prefix(self, config: PreTrainedConfig) -> int:
-        """Prefix tokens of the encoder."""
-        return encoder_of(config.vision_config).prefix
+
+def _get(part: Any, name: str) -> Any:
+    try:
+        return attrgetter(name)(part)
+    except AttributeError:
+        return None
 
 
 def picture_size(image_processor: Any) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from laco.families.encoders import merge_tokens, reset_compressor
+from laco.families.encoders.base import merge_tokens, reset_compressor
 from laco.families.steps import Step
 from laco.methods import Merger
 

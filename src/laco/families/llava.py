@@ -9,6 +9,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel,
 
 from laco.families.base import Family
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
+from laco.families.encoders import CLIP, SIGLIP
+from laco.grid import Grid
 
 
 class LacoLlavaConfig(LlavaConfig):
@@ -30,8 +32,16 @@ class Llava(Family):
     stock = LlavaForConditionalGeneration
     stock_model = LlavaModel
     stock_config = LlavaConfig
-    connected = LacoLlavaForConditionalGeneration
-    connected_config = LacoLlavaConfig
+    compressed = LacoLlavaForConditionalGeneration
+    compressed_model = LacoLlavaModel
+    compressed_config = LacoLlavaConfig
+    encoders = (SIGLIP, CLIP)
+    connects = True
+
+    def visual_tokens(self, config: Any, grid: Grid) -> int:
+        # Read with the prefix tokens unless the strategy is to drop (one of) them.
+        prefix = self.prefix(config)
+        return grid.tokens + prefix - (config.vision_feature_select_strategy == "default")
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {

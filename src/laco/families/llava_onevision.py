@@ -16,6 +16,7 @@ from transformers import (
 from laco.errors import LacoError
 from laco.families.base import Family
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
+from laco.families.encoders import CLIP, SIGLIP
 
 
 class LacoLlavaOnevisionConfig(LlavaOnevisionConfig):
@@ -39,8 +40,11 @@ class LlavaOnevision(Family):
     stock = LlavaOnevisionForConditionalGeneration
     stock_model = LlavaOnevisionModel
     stock_config = LlavaOnevisionConfig
-    connected = LacoLlavaOnevisionForConditionalGeneration
-    connected_config = LacoLlavaOnevisionConfig
+    compressed = LacoLlavaOnevisionForConditionalGeneration
+    compressed_model = LacoLlavaOnevisionModel
+    compressed_config = LacoLlavaOnevisionConfig
+    encoders = (SIGLIP, CLIP)
+    connects = True
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {

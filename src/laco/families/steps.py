@@ -48,25 +48,33 @@ class Step:
         return cls(merger, place)
 
 
-def square_grid(image_size: int, patch_size: int) -> Grid:
-    """The grid that a square encoder makes of one picture of image_size x image_size pixels."""
-    side = image_size // patch_size
-    return Grid(1, side, side)
+def image_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of what a configuration gives as one number or as two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
 
 
-def effective_patch_size(image_size: int, patch_size: int, steps: Sequence[Step]) -> int:
-    """The patch size p for which image_size // p is the side of the merged grid.
+def effective_patch_size(
+    image_size: int | Sequence[int], patch_size: int | Sequence[int], steps: Sequence[Step]
+) -> int | list[int]:
+    """The patch size p for which image_size // p is the side of the merged grid; two numbers if it was given as two.
 
     It alone tells the unchanged code of models and processors how many tokens there are. Of all p the largest
     possible is image_size // side, so if that fails no other works: `LacoError`.
     """
-    grid = square_grid(image_size, patch_size)
+    sides, patches = image_sides(image_size), image_sides(patch_size)
+    grid = Grid(1, *(side // patch for side, patch in zip(sides, patches, strict=True)))
     for step in steps:
         grid = step.merger.num_tokens(grid)
-    effective = image_size // grid.height
-    if image_size // effective != grid.height:
-        raise LacoError(
-            f"no patch size divides {image_size} pixels into the {grid.height} x {grid.width} tokens that"
-            " remain; choose another factor or odd rule"
-        )
-    return effective
+    effective = []
+    for pixels, side in zip(sides, grid[1:], strict=True):
+        patch = pixels // side
+        if pixels // patch != side:
+            raise LacoError(
+                f"no patch size divides {pixels} pixels into the {grid.height} x {grid.width} tokens that"
+                " remain; choose another factor or odd rule"
+            )
+        effective.append(patch)
+    return effective[0] if isinstance(patch_size, int) else effective

@@ -1,0 +1,1 @@
+"""One file a family: how its tiny model is built, and its `CASES`."""

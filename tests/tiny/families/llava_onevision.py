@@ -1,0 +1,93 @@
+"""Tiny LLaVA-OneVision."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    AutoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+)
+
+from tiny.case import Case
+from tiny.parts import awake, text_config, tokenizer, vision_config
+
+
+class LlavaOnevisionImageOnlyProcessor(LlavaOnevisionProcessor):
+    """LLaVA-OneVision's processor without video: its video processor would need torchvision.
+
+    transformers reads off the signature of `__init__` which parts a processor has and which settings it saves.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        vision_aspect_ratio: str = "anyres_max_9",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            image_processor,
+            tokenizer,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            **kwargs,
+        )
+
+
+AutoProcessor.register(LlavaOnevisionConfig, LlavaOnevisionImageOnlyProcessor, exist_ok=True)
+
+
+def llava_onevision(
+    vision: str = "siglip",
+    image_size: int = 48,
+    patch_size: int = 8,
+    layers: int = 4,
+    vision_feature_layer: int | list[int] = -1,
+    seed: int = 0,
+    **config: Any,
+) -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]:
+    """LLaVA-OneVision with tiles of 6 x 6 tokens by default, up to 3 x 3 of them."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    strategy = "default" if vision == "clip" else "full"
+    pinpoints = [[image_size * h, image_size * w] for h in (1, 2, 3) for w in (1, 2, 3)]
+    aspect = config.pop("vision_aspect_ratio", "anyres_max_4")
+    configuration = LlavaOnevisionConfig(
+        vision_config=vision_config(vision, image_size, patch_size, layers),
+        text_config=text_config(words),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        video_token_index=words.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=strategy,
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio=aspect,
+        **config,
+    )
+    size = {"height": image_size, "width": image_size}
+    processor = LlavaOnevisionImageOnlyProcessor(
+        image_processor=LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer=words,
+        num_image_tokens=(image_size // patch_size) ** 2 + int(vision == "clip"),
+        vision_feature_select_strategy=strategy,
+        vision_aspect_ratio=aspect,
+    )
+    return awake(LlavaOnevisionForConditionalGeneration(configuration)), processor
+
+
+CASES = [
+    Case("llava_onevision-siglip", llava_onevision, nested=True),
+    Case("llava_onevision-clip", partial(llava_onevision, "clip", vision_feature_layer=-2), nested=True),
+]
