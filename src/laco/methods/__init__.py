@@ -12,24 +12,64 @@ from typing import Any
 from laco.errors import LacoError
 from laco.methods.average_pool import AveragePool
 from laco.methods.base import Merger, MergerModule, Method, Place
+from laco.methods.cdpruner import CDPruner
+from laco.methods.conv_compressor import ConvCompressor
+from laco.methods.div_prune import DivPrune
+from laco.methods.dyntok import DynTok
+from laco.methods.evs import EVS
+from laco.methods.greedy_prune import GreedyPrune
+from laco.methods.holov import HoloV
 from laco.methods.laco import LaCo
 from laco.methods.ldpv2 import LDPv2
+from laco.methods.mmtok import MMTok
+from laco.methods.otprune import OTPrune
 from laco.methods.pixel_shuffle import PixelShuffle
+from laco.methods.prumerge import PruMerge
+from laco.methods.prunesid import PruneSID
 from laco.methods.random_keep import RandomKeep
+from laco.methods.scissor import Scissor
+from laco.methods.scope import Scope
+from laco.methods.selector import Plan, Selector, Signals
 from laco.methods.token_packer import TokenPacker
+from laco.methods.v_cast import VCast
+from laco.methods.vidcom2 import VidCom2
+from laco.methods.visionzip import VisionZip
+from laco.methods.vispruner import VisPruner
 from laco.methods.window_merger import WindowMerger
+from laco.methods.wtc import WTC
 
 __all__ = [
+    "EVS",
+    "WTC",
     "AveragePool",
+    "CDPruner",
+    "ConvCompressor",
+    "DivPrune",
+    "DynTok",
+    "GreedyPrune",
+    "HoloV",
     "LDPv2",
     "LaCo",
+    "MMTok",
     "Merger",
     "MergerModule",
     "Method",
+    "OTPrune",
     "PixelShuffle",
     "Place",
+    "Plan",
+    "PruMerge",
+    "PruneSID",
     "RandomKeep",
+    "Scissor",
+    "Scope",
+    "Selector",
+    "Signals",
     "TokenPacker",
+    "VCast",
+    "VidCom2",
+    "VisPruner",
+    "VisionZip",
     "WindowMerger",
     "catalogue",
     "from_dict",
@@ -45,6 +85,24 @@ BUILT_IN: tuple[type[Method], ...] = (
     LDPv2,
     TokenPacker,
     WindowMerger,
+    WTC,
+    ConvCompressor,
+    VisionZip,
+    PruMerge,
+    VisPruner,
+    DivPrune,
+    CDPruner,
+    Scope,
+    MMTok,
+    OTPrune,
+    HoloV,
+    PruneSID,
+    GreedyPrune,
+    DynTok,
+    Scissor,
+    VidCom2,
+    VCast,
+    EVS,
 )
 
 
@@ -84,7 +142,10 @@ def from_dict(data: dict[str, Any]) -> Method:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One row a method for `laco methods`: name, title, places, needs, trained, static_count, sources."""
+    """One row a method for `laco methods`: name, title, places, needs, trained, static_count, sources.
+
+    `in_models` says whether `laco.compress` takes it; the others can be called on tensors so far.
+    """
     return [
         {
             "name": method.name,
@@ -92,6 +153,7 @@ def catalogue() -> list[dict[str, Any]]:
             "places": sorted(method.places),
             "needs": sorted(method.needs),
             "trained": method.trained,
+            "in_models": issubclass(method, Merger),
             "static_count": method.static_count,
             "paper": method.paper,
             "confirmed": method.confirmed,

@@ -6,7 +6,7 @@ order and formulas of both directions.
 
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
 from laco.errors import LacoError
 
@@ -40,3 +40,16 @@ def duplicating_shortcut(x_BCHW: Tensor, out_channels: int, factor: int) -> Tens
         raise LacoError(f"{channels} channels cannot be duplicated into {out_channels} at factor {factor}")
     wide = repeat(x_BCHW, "b c h w -> b (c group) h w", group=out_channels * factor**2 // channels)
     return F.pixel_shuffle(wide, factor)
+
+
+def down_block(x_BCHW: Tensor, conv: nn.Conv2d, out_channels: int, factor: int = 2) -> Tensor:
+    """DC-AE's residual down-sampling: a convolution, space-to-channel, and the averaging shortcut past both.
+
+    Args:
+        x_BCHW: (B, C, f h, f w).
+        conv: C -> out_channels / f^2 channels, sides kept.
+
+    Returns:
+        (B, out_channels, h, w).
+    """
+    return F.pixel_unshuffle(conv(x_BCHW), factor) + averaging_shortcut(x_BCHW, out_channels, factor)

@@ -1,66 +1,18 @@
-"""Which of our functions answers a numeric case: the table `CASES` at the end, from an index's method name.
-
-A function gets a `Case` and gives its outputs by the names of the index. It builds the very module that users
-get, loads the case's weights by meaning, and takes every size from the arrays and hyper-parameters.
-"""
+"""Mergers and connectors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import isqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cases.case import Case, Outputs, load
 from laco.grid import merge_map, to_windows
-from laco.methods import PixelShuffle, TokenPacker, WindowMerger
-from laco.methods.dcae import averaging_shortcut, duplicating_shortcut
+from laco.methods import WTC, PixelShuffle, TokenPacker, WindowMerger
+from laco.methods.conv_compressor import ConvCompressorModule
+from laco.methods.dcae import averaging_shortcut, down_block, duplicating_shortcut
 from laco.methods.ldpv2 import LDPv2Projector
 from laco.methods.pixel_shuffle import pixel_shuffle
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arrays (inputs and weights) and hyper-parameters of one case."""
-
-    arrays: dict[str, Tensor]
-    hyper: dict[str, Any]
-    variant: str
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.arrays[name]
-
-    def width(self, name: str) -> int:
-        """Output channels of a weight."""
-        return self.arrays[name].shape[0]
-
-    def map(self, name: str) -> Tensor:
-        """(B, [prefix +] H W, C) tokens as a map (B, H, W, C), prefix tokens left out."""
-        height, width = self.hyper["grid"]
-        return self.arrays[name][:, -height * width :].unflatten(1, (height, width))
-
-
-Outputs = dict[str, Tensor]
-
-
-def load(module: nn.Module, case: Case, names: dict[str, str], eps: str | None = None) -> None:
-    """Fills every parameter from the case's arrays.
-
-    Args:
-        module: what to fill, all of it.
-        case: holds an array `{stem}_weight` or `{stem}_bias` for every parameter.
-        names: the stem that stands for each submodule.
-        eps: the hyper-parameter that holds the epsilon of the norms.
-    """
-    state = {}
-    for key in module.state_dict():
-        part, _, kind = key.rpartition(".")
-        state[key] = case[f"{names[part]}_{kind}"]
-    module.load_state_dict(state)
-    if eps:
-        for part in module.modules():
-            if isinstance(part, nn.LayerNorm | nn.RMSNorm):
-                part.eps = case.hyper[eps]
 
 
 def tokens(x_BHWC: Tensor) -> Tensor:
@@ -142,6 +94,34 @@ def uhd4_window_merger(case: Case) -> Outputs:
     return {"y": torch.cat(merged, dim=1)}
 
 
+def dcae_down_block(case: Case) -> Outputs:
+    weight = case["conv_weight"]
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=case.hyper["padding"])
+    load(conv, case, {"": "conv"})
+    return {"y": down_block(case["x"], conv, weight.shape[0] * case.hyper["factor"] ** 2, case.hyper["factor"])}
+
+
+def uhd3_wtc(case: Case) -> Outputs:
+    factor, grids = case.hyper["window"], case["grids"].tolist()
+    merger = WTC(factor=factor).build(case["x"].shape[-1])
+    load(merger, case, {"fc1": "fc1", "fc2": "fc2"})
+    pictures = case["x"].split([height * width for height, width in grids])
+    merged = [
+        merge_map(merger, x.unflatten(0, grid)[None], factor, "error").flatten(0, 2)
+        for x, grid in zip(pictures, grids, strict=True)
+    ]
+    lengths = torch.tensor([0, *map(len, merged)])
+    return {"y": torch.cat(merged), "cu_seqlens": lengths.cumsum(0)}
+
+
+def deepseek_ocr_compressor(case: Case) -> Outputs:
+    channels = [case.width(name) for name in ("neck_conv1_weight", "down1_weight", "down2_weight")]
+    compressor = ConvCompressorModule(case["x"].shape[-1], channels, [2, 2])
+    names = {"neck1": "neck_conv1", "neck2": "neck_conv2", "norm1": "neck_ln1", "norm2": "neck_ln2"}
+    load(compressor, case, names | {"down.0": "down1", "down.1": "down2"}, eps="ln_eps")
+    return {"y": compressor(case["x"]).movedim(-1, 1)}
+
+
 CASES: dict[str, Callable[[Case], Outputs]] = {
     "pixel_shuffle": shuffle,
     "smolvlm_connector": smolvlm_connector,
@@ -151,4 +131,7 @@ CASES: dict[str, Callable[[Case], Outputs]] = {
     "ldpv2": ldpv2,
     "tokenpacker": tokenpacker,
     "uhd4_window_merger": uhd4_window_merger,
+    "dcae_down_block": dcae_down_block,
+    "uhd3_wtc": uhd3_wtc,
+    "deepseek_ocr_compressor": deepseek_ocr_compressor,
 }

@@ -1,0 +1,146 @@
+"""The contract of methods that keep or merge tokens behind the vision encoder: signals in, a plan out.
+
+Shape letters: N visual tokens of one picture or video in raster order, K of them kept, C channels of the encoder, D
+of the language model, H attention heads, M tokens of text. Everything here is about one picture or video; what a
+batch adds is the business of whoever calls.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from laco.errors import LacoError
+from laco.grid import Grid
+from laco.methods.base import Method, Place
+
+Positions = Literal["keep", "renumber"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What a selector may look at. A method's `needs` are the names of the fields that must be given.
+
+    Args:
+        grid: frames x height x width of the tokens; N = their product.
+        tokens: (N, D), what the language model would read: behind the projector.
+        features: (prefix + N, C), what the projector reads, prefix tokens (CLS) first.
+        keys: (prefix + N, H, d), keys of the encoder layer that puts out `features`.
+        queries: the same of its queries.
+        cls_attention: (H, N), softmax attention of the CLS query to the patches in that layer.
+        received: (N,), attention that each token receives in that layer, mean over heads and queries. Of encoders
+            without CLS it stands in for `cls_attention` (the substitute that VisionZip, HoloV and others use there).
+        text: (M, D), input embeddings of the question's tokens.
+        clip_tokens, clip_text: (N, c) and (S, c), patches and text in the joint space of a CLIP model.
+    """
+
+    grid: Grid
+    tokens: Tensor | None = None
+    features: Tensor | None = None
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    cls_attention: Tensor | None = None
+    received: Tensor | None = None
+    text: Tensor | None = None
+    clip_tokens: Tensor | None = None
+    clip_text: Tensor | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens in `features`, `keys` and `queries`."""
+        for rows in (self.features, self.keys):
+            if rows is not None:
+                return len(rows) - self.grid.tokens
+        return 0
+
+    def saliency(self, heads: Literal["sum", "mean"]) -> Tensor:
+        """(N,) attention of CLS summed or averaged over heads; of encoders without CLS, attention received."""
+        if self.cls_attention is not None:
+            return self.cls_attention.float().sum(0) if heads == "sum" else self.cls_attention.float().mean(0)
+        assert self.received is not None, "checked by Selector.__call__"
+        return self.received.float()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens remain: out = W x, in the order given.
+
+    Args:
+        kept: (K,) indices of the tokens that stay, or of those that stand for what was merged into them. In the
+            order in which the language model reads them; their positions are theirs.
+        weights: (K, N) merging weights W; None = the tokens as they are.
+    """
+
+    kept: Tensor
+    weights: Tensor | None = None
+
+    def __call__(self, x_NC: Tensor) -> Tensor:
+        """(N, C) -> (K, C), in the dtype of the tokens."""
+        if self.weights is None:
+            return x_NC[self.kept]
+        return (self.weights @ x_NC.to(self.weights.dtype)).to(x_NC.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(Method):
+    """A method between vision encoder and language model: it keeps or merges tokens of one picture or video.
+
+    Subclasses give `plan`. Class data `applies_to`: the plan's rows are `tokens` (behind the projector) or `features`
+    (before it; the projector then reads what remains).
+
+    Args:
+        keep: the budget: so many tokens, or such a fraction of them.
+        positions: `keep` leaves every token the position that it had in the full sequence, `renumber` counts anew.
+            Rotary language models lose grounding when positions move (arXiv 2506.21873), so `keep` is the default
+            also where the reference counts anew.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"external"})
+    trained: ClassVar[bool] = False
+    applies_to: ClassVar[Literal["tokens", "features"]] = "tokens"
+    # How the reference turns a fraction of tokens into a count.
+    rounding: ClassVar[Callable[[float], int]] = staticmethod(round)
+    # Tokens in another order give the same choice: nothing depends on where in the sequence a token stands.
+    equivariant: ClassVar[bool] = True
+
+    keep: int | float = 0.25
+    positions: Positions = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep <= 0 or (isinstance(self.keep, float) and self.keep > 1):
+            raise LacoError(
+                f"{self.name}: keep is a count of visual tokens, 1 or more, or a fraction in (0, 1]; got {self.keep}"
+            )
+
+    def budget(self, tokens: int) -> int:
+        """How many of so many visual tokens stay."""
+        if isinstance(self.keep, float):
+            return min(max(self.rounding(self.keep * tokens), 1), tokens)
+        if self.keep > tokens:
+            raise LacoError(f"{self.name} cannot keep {self.keep} of {tokens} visual tokens")
+        return self.keep
+
+    def __call__(self, signals: Signals) -> Plan:
+        """The plan for one picture or video; raises `LacoError` where a signal is missing that the method needs."""
+        for name in sorted(self.needs):
+            given = getattr(signals, name, None)
+            if name == "cls_attention" and given is None:
+                given = signals.received
+            if given is None:
+                raise LacoError(f"{self.name} needs {name}, which is not there")
+        with torch.no_grad():
+            return self.plan(signals)
+
+    @abstractmethod
+    def plan(self, signals: Signals) -> Plan:
+        """What `__call__` gives, all of `needs` being there."""
+
+
+def cosines(x_NC: Tensor, y_MC: Tensor | None = None) -> Tensor:
+    """(N, M) cosines in float32; of the tokens with one another without `y`. Zero vectors are similar to none."""
+    x = torch.nn.functional.normalize(x_NC.float(), dim=-1)
+    return x @ (x if y_MC is None else torch.nn.functional.normalize(y_MC.float(), dim=-1)).T
