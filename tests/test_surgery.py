@@ -14,6 +14,7 @@ from transformers import AutoConfig, BertConfig, BertModel, LlavaConfig, LlavaFo
 import laco
 import tiny
 from laco.families import family_of
+from laco.families.compat import checkpoint_activations
 from laco.families.encoders.siglip import LacoSiglipVisionConfig
 from laco.families.steps import Step, effective_patch_size
 
@@ -69,7 +70,7 @@ def test_dtype_mode_and_switches_stay(method):
     model, processor = tiny.llava()
     model.to(torch.bfloat16).train()
     model.set_attn_implementation("eager")
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     family = family_of(model)
     family.layers(model)[0].requires_grad_(False)
     laco.compress(model, processor, method)
@@ -271,10 +272,8 @@ def test_an_unknown_family_names_the_known_ones():
 
 def test_an_unknown_encoder_names_the_known_ones():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    config = LlavaConfig(
-        vision_config={"model_type": "pixtral", **sizes}, text_config=tiny.text_config(tiny.tokenizer())
-    )
-    with pytest.raises(laco.LacoError, match=r"'pixtral' is not supported; there are siglip, clip"):
+    config = LlavaConfig(vision_config={"model_type": "vit", **sizes}, text_config=tiny.text_config(tiny.tokenizer()))
+    with pytest.raises(laco.LacoError, match=r"'vit' is not supported; there are siglip, clip"):
         laco.compress(LlavaForConditionalGeneration(config), None, laco.LaCo())
 
 
@@ -312,3 +311,15 @@ def test_a_vision_configuration_resolves_its_own_patch_size(tmp_path):
     assert again.steps == config.steps
     with pytest.raises(laco.LacoError, match="patch_size 16 contradicts"):
         LacoSiglipVisionConfig(patch_size=16, embed_patch_size=16, image_size=256, compression=steps)
+
+
+NO_MERGERS = [name for name, method in laco.methods.registry().items() if not issubclass(method, laco.Merger)]
+
+
+@pytest.mark.parametrize("name", NO_MERGERS)
+def test_methods_that_are_no_mergers_are_refused_and_change_nothing(name):
+    model, processor = tiny.llava()
+    before = state_of(model, processor)
+    with pytest.raises(laco.LacoError, match=f"{name} is no merger, and laco puts only mergers into models so far"):
+        laco.compress(model, processor, laco.methods.get(name)())
+    assert state_of(model, processor) == before

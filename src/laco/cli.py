@@ -132,10 +132,10 @@ def compress(
     if as_json:
         print_json(result)
         return
-    out.print(
-        f"{made.title}: {tokens_before} → {result['visual_tokens']} visual tokens for a picture (or tile),"
-        f" {result['parameters_added']:+,} parameters"
-    )
+    tokens = ""
+    if tokens_before is not None:
+        tokens = f" {tokens_before} → {result['visual_tokens']} visual tokens for a picture (or tile),"
+    out.print(f"{made.title}:{tokens} {result['parameters_added']:+,} parameters")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
@@ -214,7 +214,7 @@ def methods(as_json: AsJson = False) -> None:
     """List the compression methods."""
     from laco.methods import catalogue
 
-    print_catalogue(catalogue(), as_json, ("name", "places", "trained", "static_count", "paper"))
+    print_catalogue(catalogue(), as_json, ("name", "places", "needs", "trained", "static_count", "in_models", "arxiv"))
 
 
 @app.command(epilog="Example: laco families --json")
@@ -249,11 +249,16 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def visual_tokens(model: Any) -> int:
-    """Visual tokens for one picture or tile."""
+def visual_tokens(model: Any) -> int | None:
+    """Visual tokens for one picture or tile; None where they depend on its size."""
     from laco.families import family_of
 
-    return family_of(model).grid(model.config).tokens
+    family, config = family_of(model), model.config
+    try:
+        grid = family.grid(config)
+    except LacoError:
+        return None
+    return family.visual_tokens(config, grid)
 
 
 def parse_depth(text: str | None) -> float | None:
@@ -298,7 +303,7 @@ def print_catalogue(rows: list[dict[str, Any]], as_json: bool, columns: tuple[st
         return
     table = Table(box=None, header_style="dim")
     for column in columns:
-        table.add_column(column.replace("_", " "), no_wrap=column == "name")
+        table.add_column(column.replace("_", " "), no_wrap=column in ("name", "arxiv"), overflow="fold")
     for row in rows:
         table.add_row(*(cell_text(row[column]) for column in columns))
     out.print(table)
@@ -308,4 +313,4 @@ def cell_text(value: Any) -> str:
     """A value as one writes it in a table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return "\n".join(value) if isinstance(value, list) else str(value)

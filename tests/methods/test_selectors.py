@@ -33,6 +33,7 @@ def signals(grid: Grid = Grid(1, 6, 8), seed: int = 0, prefix: int = 1, heads: i
         queries=torch.randn(prefix + n, heads, 4),
         cls_attention=torch.rand(heads, n).softmax(dim=1),
         text=torch.randn(5, 12),
+        text_attention=torch.rand(heads, 5, n),
     )
 
 
@@ -118,6 +119,7 @@ def test_the_order_of_tokens_does_not_matter_where_it_should_not(cls):
         queries=given.queries[with_prefix],
         cls_attention=given.cls_attention[:, order],
         text=given.text,
+        text_attention=given.text_attention[..., order],
     )
     assert set(order[chosen(cls, moved)].tolist()) == set(chosen(cls, given).tolist())
 

@@ -4,6 +4,7 @@ A package outside this tree adds its own through the entry point group `laco.met
 class.
 """
 
+import re
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -14,11 +15,20 @@ from laco.methods.average_pool import AveragePool
 from laco.methods.base import Merger, MergerModule, Method, Place
 from laco.methods.cdpruner import CDPruner
 from laco.methods.conv_compressor import ConvCompressor
+from laco.methods.dart import DART
+from laco.methods.decoder import DecoderMethod, DecoderSignals
 from laco.methods.div_prune import DivPrune
 from laco.methods.dyntok import DynTok
+from laco.methods.evit import EViT
 from laco.methods.evs import EVS
+from laco.methods.fastv import FastV
+from laco.methods.flashvid import FlashVID, FlashVIDLate
+from laco.methods.flexselect import FlexSelect
+from laco.methods.folder import Folder
+from laco.methods.glimpse_prune import GlimpsePrune
 from laco.methods.greedy_prune import GreedyPrune
 from laco.methods.holov import HoloV
+from laco.methods.ipcv import IPCV
 from laco.methods.laco import LaCo
 from laco.methods.ldpv2 import LDPv2
 from laco.methods.mmtok import MMTok
@@ -26,11 +36,17 @@ from laco.methods.otprune import OTPrune
 from laco.methods.pixel_shuffle import PixelShuffle
 from laco.methods.prumerge import PruMerge
 from laco.methods.prunesid import PruneSID
+from laco.methods.pyramid_drop import PyramidDrop
 from laco.methods.random_keep import RandomKeep
+from laco.methods.reducer import Reducer
 from laco.methods.scissor import Scissor
 from laco.methods.scope import Scope
 from laco.methods.selector import Plan, Selector, Signals
+from laco.methods.sparsevlm import SparseVLM
+from laco.methods.spvit import SPViT
 from laco.methods.token_packer import TokenPacker
+from laco.methods.tome import ToMe
+from laco.methods.transprune import TransPrune
 from laco.methods.v_cast import VCast
 from laco.methods.vidcom2 import VidCom2
 from laco.methods.visionzip import VisionZip
@@ -39,13 +55,24 @@ from laco.methods.window_merger import WindowMerger
 from laco.methods.wtc import WTC
 
 __all__ = [
+    "DART",
     "EVS",
+    "IPCV",
     "WTC",
     "AveragePool",
     "CDPruner",
     "ConvCompressor",
+    "DecoderMethod",
+    "DecoderSignals",
     "DivPrune",
     "DynTok",
+    "EViT",
+    "FastV",
+    "FlashVID",
+    "FlashVIDLate",
+    "FlexSelect",
+    "Folder",
+    "GlimpsePrune",
     "GreedyPrune",
     "HoloV",
     "LDPv2",
@@ -60,12 +87,18 @@ __all__ = [
     "Plan",
     "PruMerge",
     "PruneSID",
+    "PyramidDrop",
     "RandomKeep",
+    "Reducer",
+    "SPViT",
     "Scissor",
     "Scope",
     "Selector",
     "Signals",
+    "SparseVLM",
+    "ToMe",
     "TokenPacker",
+    "TransPrune",
     "VCast",
     "VidCom2",
     "VisPruner",
@@ -87,6 +120,11 @@ BUILT_IN: tuple[type[Method], ...] = (
     WindowMerger,
     WTC,
     ConvCompressor,
+    ToMe,
+    EViT,
+    Folder,
+    SPViT,
+    IPCV,
     VisionZip,
     PruMerge,
     VisPruner,
@@ -103,6 +141,15 @@ BUILT_IN: tuple[type[Method], ...] = (
     VidCom2,
     VCast,
     EVS,
+    FlexSelect,
+    FlashVID,
+    FlashVIDLate,
+    DART,
+    FastV,
+    PyramidDrop,
+    SparseVLM,
+    TransPrune,
+    GlimpsePrune,
 )
 
 
@@ -156,6 +203,7 @@ def catalogue() -> list[dict[str, Any]]:
             "in_models": issubclass(method, Merger),
             "static_count": method.static_count,
             "paper": method.paper,
+            "arxiv": re.findall(r"\d{4}\.\d{5}", method.paper),
             "confirmed": method.confirmed,
             "assumed": method.assumed,
         }

@@ -15,7 +15,7 @@ from torch import nn
 from laco.errors import LacoError
 from laco.grid import Grid, OddRule, merged_grid
 
-Place = Literal["encoder", "external"]
+Place = Literal["encoder", "external", "language_model"]
 
 
 @cache

@@ -79,6 +79,6 @@ class ConvCompressorModule(MergerModule):
         for conv, norm in ((self.neck1, self.norm1), (self.neck2, self.norm2)):
             x_BHWC = norm(rearrange(conv(rearrange(x_BHWC, "b h w c -> b c h w")), "b c h w -> b h w c"))
         x_BCHW = rearrange(x_BHWC, "b h w c -> b c h w")
-        for conv in self.down:
-            x_BCHW = conv(x_BCHW)
+        for halving in self.down:
+            x_BCHW = halving(x_BCHW)
         return rearrange(x_BCHW, "b c h w -> b h w c")

@@ -28,7 +28,10 @@ class EVS(Selector):
     assumed: ClassVar[str] = "the paper's number from memory; keep = 1 - q = 25 % is our default"
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     equivariant: ClassVar[bool] = False
-    rounding: ClassVar = staticmethod(int)
+
+    @staticmethod
+    def rounding(count: float) -> int:
+        return int(count)
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None

@@ -7,17 +7,21 @@ from torch import Tensor
 def farthest_points(distance_NN: Tensor, count: int) -> Tensor:
     """Max-min diversity: the token farthest from its nearest neighbour, then each time the one farthest from all picks.
 
+    Args:
+        distance_NN: (..., N, N), distance of token j (column) from token i (row).
+
     Returns:
-        (count,) indices in the order of picking, none twice.
+        (..., count) indices in the order of picking, none twice.
     """
-    alone = distance_NN.clone().fill_diagonal_(torch.inf)
-    picks = [alone.amin(dim=0).argmax()]
-    nearest_N = torch.full_like(distance_NN[0], torch.inf)
+    alone = distance_NN.clone()
+    alone.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    picks = [alone.amin(dim=-2).argmax(dim=-1, keepdim=True)]
+    nearest_N = torch.full_like(distance_NN[..., 0, :], torch.inf)
     for _ in range(count - 1):
-        nearest_N = torch.minimum(nearest_N, distance_NN[picks[-1]])
-        nearest_N[picks[-1]] = -torch.inf
-        picks.append(nearest_N.argmax())
-    return torch.stack(picks)
+        nearest_N = torch.minimum(nearest_N, distance_NN.take_along_dim(picks[-1][..., None], dim=-2)[..., 0, :])
+        nearest_N.scatter_(-1, picks[-1], -torch.inf)
+        picks.append(nearest_N.argmax(dim=-1, keepdim=True))
+    return torch.cat(picks, dim=-1)
 
 
 def determinantal(kernel_NN: Tensor, count: int, exhausted: float = 1e-6) -> Tensor:
@@ -34,7 +38,7 @@ def determinantal(kernel_NN: Tensor, count: int, exhausted: float = 1e-6) -> Ten
     gain_N, least = diagonal_N.clone(), exhausted * diagonal_N.max()
     factor_KN = kernel_NN.new_zeros(count, len(kernel_NN))
     free_N = torch.ones_like(gain_N, dtype=torch.bool)
-    picks = []
+    picks: list[Tensor] = []
     for step in range(count):
         pick = gain_N.argmax()
         if gain_N[pick] <= least:

@@ -6,7 +6,6 @@ batch adds is the business of whoever calls.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,6 +33,8 @@ class Signals:
         received: (N,), attention that each token receives in that layer, mean over heads and queries. Of encoders
             without CLS it stands in for `cls_attention` (the substitute that VisionZip, HoloV and others use there).
         text: (M, D), input embeddings of the question's tokens.
+        text_attention: (H, M, N), softmax attention of the text behind the visual tokens to each of them, in a layer
+            of a language model; of `FlexSelect`, each group of frames in a pass of its own.
         clip_tokens, clip_text: (N, c) and (S, c), patches and text in the joint space of a CLIP model.
     """
 
@@ -45,6 +46,7 @@ class Signals:
     cls_attention: Tensor | None = None
     received: Tensor | None = None
     text: Tensor | None = None
+    text_attention: Tensor | None = None
     clip_tokens: Tensor | None = None
     clip_text: Tensor | None = None
 
@@ -101,8 +103,6 @@ class Selector(Method):
     places: ClassVar[frozenset[Place]] = frozenset({"external"})
     trained: ClassVar[bool] = False
     applies_to: ClassVar[Literal["tokens", "features"]] = "tokens"
-    # How the reference turns a fraction of tokens into a count.
-    rounding: ClassVar[Callable[[float], int]] = staticmethod(round)
     # Tokens in another order give the same choice: nothing depends on where in the sequence a token stands.
     equivariant: ClassVar[bool] = True
 
@@ -115,6 +115,11 @@ class Selector(Method):
             raise LacoError(
                 f"{self.name}: keep is a count of visual tokens, 1 or more, or a fraction in (0, 1]; got {self.keep}"
             )
+
+    @staticmethod
+    def rounding(count: float) -> int:
+        """How the reference makes a count of a fraction of the tokens."""
+        return round(count)
 
     def budget(self, tokens: int) -> int:
         """How many of so many visual tokens stay."""

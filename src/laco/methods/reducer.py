@@ -1,0 +1,267 @@
+"""The contract of methods that drop or merge tokens inside the vision encoder, layer by layer.
+
+An encoder layer is two residual steps, and a reducer may speak before each of them:
+
+    x, state = reducer.before_layer(x, state, index, module)
+    x = x + attention(norm1(x))                     with reducer.attention_weights or attention_bias
+    x, state = reducer.before_mlp(x, state, index, signals)
+    x = x + mlp(norm2(x))
+
+At the beginning stands `reducer.start`, behind the last layer `reducer.after_layers`. What is remembered between
+layers is the `State`, a value that nobody changes, so that a reducer itself holds nothing and layers can be
+computed anew.
+
+Shape letters: B pictures, S tokens at the beginning and N now, prefix tokens (CLS, distillation, registers) first;
+K of them after a step; C channels, H heads of width d.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from laco.errors import LacoError
+from laco.methods.base import MergerModule, Method, Place
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def indices(x_BN: Tensor) -> Tensor:
+    """(B, N): 0 .. N - 1 in every row."""
+    return torch.arange(x_BN.shape[1], device=x_BN.device).expand(x_BN.shape[:2])
+
+
+def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
+    """Rows of (B, N, ...) by (B, K) -> (B, K, ...)."""
+    return x_BN.gather(1, spread(index_BK, x_BN))
+
+
+def spread(index_BK: Tensor, like: Tensor) -> Tensor:
+    return index_BK.view(*index_BK.shape, *[1] * (like.ndim - 2)).expand(-1, -1, *like.shape[2:])
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Where every token goes in one step.
+
+    Args:
+        slot_BN: the row of the result that a token joins; K, one past the last, if it is dropped.
+        kept_BK: the token that stands for each row of the result; the row has its place in the picture.
+    """
+
+    slot_BN: Tensor
+    kept_BK: Tensor
+
+    @classmethod
+    def keeping(cls, kept_BK: Tensor, tokens: int) -> Self:
+        """Of `tokens`, these, in this order; the others are dropped."""
+        slot_BN = kept_BK.new_full((len(kept_BK), tokens), kept_BK.shape[1])
+        return cls(slot_BN.scatter(1, kept_BK, indices(kept_BK)), kept_BK)
+
+    def sum(self, x_BN: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, K, ...)."""
+        out = x_BN.new_zeros(len(x_BN), self.kept_BK.shape[1] + 1, *x_BN.shape[2:])
+        return out.scatter_add(1, spread(self.slot_BN, x_BN), x_BN)[:, :-1]
+
+    def mean(self, x_BN: Tensor, size_BN: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x."""
+        size = size_BN.view(*size_BN.shape, *[1] * (x_BN.ndim - 2))
+        return (self.sum(at_least_float32(x_BN) * size) / self.sum(size)).to(x_BN.dtype)
+
+    def unmerge(self, y_BK: Tensor) -> Tensor:
+        """(B, K, ...) -> (B, N, ...): every token gets what it was merged into; zero if it was dropped."""
+        return take(torch.cat([y_BK, torch.zeros_like(y_BK[:, :1])], dim=1), self.slot_BN)
+
+    def then(self, later: "Merge") -> "Merge":
+        """This step and a later one as one."""
+        return Merge(later.follow(self.slot_BN), take(self.kept_BK, later.kept_BK))
+
+    def follow(self, slot_BS: Tensor) -> Tensor:
+        """Where tokens are after this step that were in these rows before it."""
+        nowhere_B1 = torch.full_like(self.slot_BN[:, :1], self.kept_BK.shape[1])
+        return torch.cat([self.slot_BN, nowhere_B1], dim=1).gather(1, slot_BS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What is known of the tokens between layers.
+
+    Args:
+        num_layers, last: layers of the encoder, and how many of them are used.
+        prefix: tokens at the beginning that are never dropped or merged.
+        slot_BS: in which token every original one is now; N = in none.
+        size_BN: how many original tokens each stands for.
+        place_BN: the original token whose place in the picture each has: for rotary tables and for the order.
+        steps: how often tokens were dropped or merged.
+        packages: tokens at the end that gather dropped ones and stay (SPViT).
+        policy_BN: 1 = alive, 0 = masked out or padding, where not all pictures keep equally many; None = all alive.
+        memory: what else a reducer keeps.
+    """
+
+    num_layers: int
+    last: int
+    prefix: int
+    slot_BS: Tensor
+    size_BN: Tensor
+    place_BN: Tensor
+    steps: int = 0
+    packages: int = 0
+    policy_BN: Tensor | None = None
+    memory: Any = None
+
+    def after(self, merge: Merge) -> "State":
+        return replace(
+            self,
+            slot_BS=merge.follow(self.slot_BS),
+            size_BN=merge.sum(self.size_BN),
+            place_BN=take(self.place_BN, merge.kept_BK),
+            policy_BN=None if self.policy_BN is None else take(self.policy_BN, merge.kept_BK),
+            steps=self.steps + 1,
+        )
+
+    @property
+    def merge(self) -> Merge:
+        """From the original tokens to those of now, all steps as one."""
+        return Merge(self.slot_BS, self.place_BN)
+
+    @property
+    def sources_BNS(self) -> Tensor:
+        """(B, N, S), true where an original token is part of a token of now."""
+        return self.slot_BS[:, None] == indices(self.place_BN)[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSignals:
+    """What a reducer may look at before the MLP of a layer. Its `needs` are the names of the fields that must be given.
+
+    Args:
+        keys: (B, H, N, d) of this layer.
+        cls_attention: (B, H, N), softmax attention of the first prefix token to all tokens.
+        received: (B, N), attention that each token receives, mean over heads and queries. Of encoders without
+            prefix tokens it stands in for `cls_attention`.
+    """
+
+    keys: Tensor | None = None
+    cls_attention: Tensor | None = None
+    received: Tensor | None = None
+
+    @property
+    def saliency_BN(self) -> Tensor | None:
+        """Attention of CLS, mean over heads; of encoders without CLS, attention received."""
+        return self.received if self.cls_attention is None else self.cls_attention.mean(dim=1)
+
+
+class LayerTokens(NamedTuple):
+    """Visual tokens, without prefix, that the two halves of a layer compute."""
+
+    attention: int
+    mlp: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reducer(Method):
+    """A method that drops or merges tokens inside the vision encoder.
+
+    Class data `moment`: tokens change before a whole `layer` or before its `mlp`.
+
+    Args:
+        depth, layer: so many layers run before the first that reduces; without either, what the paper has.
+        strict_reference: with the quirks of the authors' code, which the class names; and the tokens leave the
+            encoder in the order in which that code leaves them, not in raster order.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
+    trained: ClassVar[bool] = False
+    moment: ClassVar[Literal["layer", "mlp"]] = "mlp"
+
+    strict_reference: bool = False
+
+    # What is known before any feature exists.
+
+    @abstractmethod
+    def layers(self, num_layers: int, last: int | None = None) -> tuple[int, ...]:
+        """The layers, counted from 0, in which tokens change; of an encoder of which `last` layers are used."""
+
+    def points(self, num_layers: int, last: int | None, depths: tuple[float, ...]) -> tuple[int, ...]:
+        """The layer of `depth` or `layer`; if neither is given, those of several relative depths."""
+        last = num_layers if last is None else last
+        if self.depth is None and self.layer is None:
+            return tuple(dict.fromkeys(min(max(round(depth * num_layers), 1), last - 1) for depth in depths))
+        if (point := self.layer_in(num_layers, last)) == last:
+            raise LacoError(f"{self.name} works inside the encoder: layer must be below {last}; got {point}")
+        return (point,)
+
+    def left(self, tokens: int, index: int, num_layers: int, last: int | None = None) -> int:
+        """How many of so many visual tokens a layer of `layers` leaves."""
+        raise LacoError(f"{self.name}: the number of tokens depends on the picture")
+
+    def layer_tokens(self, tokens: int, num_layers: int, last: int | None = None) -> list[LayerTokens]:
+        """For each layer that is used, how many visual tokens its attention and its MLP compute."""
+        counts, reducing = [], self.layers(num_layers, last)
+        for index in range(num_layers if last is None else last):
+            before = tokens
+            if index in reducing:
+                tokens = self.left(tokens, index, num_layers, last)
+            counts.append(LayerTokens(before if self.moment == "mlp" else tokens, tokens))
+        return counts
+
+    def num_tokens(self, tokens: int, num_layers: int, last: int | None = None) -> int:
+        """How many visual tokens leave the encoder."""
+        return self.layer_tokens(tokens, num_layers, last)[-1].mlp
+
+    def build(self, width: int) -> MergerModule | None:
+        """What is trained at each of `layers`, for tokens of `width` channels; handed to `before_layer`."""
+        return None
+
+    # What is done to tokens.
+
+    def start(self, x_BNC: Tensor, num_layers: int, last: int | None = None, prefix: int = 0) -> State:
+        """The state before the first layer."""
+        place_BN = indices(x_BNC)
+        return State(
+            num_layers=num_layers,
+            last=num_layers if last is None else last,
+            prefix=prefix,
+            slot_BS=place_BN,
+            size_BN=torch.ones(place_BN.shape, device=x_BNC.device),
+            place_BN=place_BN,
+        )
+
+    def reduces(self, state: State, index: int) -> bool:
+        return index in self.layers(state.num_layers, state.last)
+
+    def check(self, signals: LayerSignals) -> None:
+        """Raises `LacoError` where a signal is missing that the method needs."""
+        for name in sorted(self.needs):
+            if (signals.saliency_BN if name == "cls_attention" else getattr(signals, name)) is None:
+                raise LacoError(f"{self.name} needs {name}, which is not there")
+
+    def before_layer(
+        self, x_BNC: Tensor, state: State, index: int, module: MergerModule | None = None
+    ) -> tuple[Tensor, State]:
+        """Before a layer; `module` is what `build` gave for it."""
+        return x_BNC, state
+
+    def attention_bias(self, state: State) -> Tensor | None:
+        """(B, 1, 1, N) to be added to the logits of attention, or None."""
+        return None
+
+    def attention_weights(self, logits_BHNN: Tensor, state: State) -> Tensor:
+        """Softmax over the keys as this method has it; for attention that is written out."""
+        bias = self.attention_bias(state)
+        return (logits_BHNN if bias is None else logits_BHNN + bias.to(logits_BHNN.dtype)).softmax(dim=-1)
+
+    def before_mlp(self, x_BNC: Tensor, state: State, index: int, signals: LayerSignals) -> tuple[Tensor, State]:
+        """Between attention and MLP of a layer."""
+        return x_BNC, state
+
+    def after_layers(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
+        """Behind the last layer: the tokens in raster order of their places."""
+        if self.strict_reference or not state.steps:
+            return x_BNC, state
+        order_BN = state.place_BN.argsort(dim=1, stable=True)
+        return take(x_BNC, order_BN), state.after(Merge.keeping(order_BN, x_BNC.shape[1]))
