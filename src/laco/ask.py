@@ -107,8 +107,6 @@ def synchronize() -> None:
 
 def uncompressed_processor(model: Any, processor: Any) -> Any:
     """A copy of a compressed model's processor that counts placeholder tokens as for the stock model."""
-    config, processor = deepcopy(model.config), deepcopy(processor)
-    family = family_of(model)
-    config.vision_config = family.encoder_kind(config).with_steps(family.vision_config(config), [])
-    family.set_processor(processor, config)
+    family, processor = family_of(model), deepcopy(processor)
+    family.set_processor(processor, family.with_steps(model.config, []))
     return processor

@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from laco._version import __version__
 from laco.errors import LacoError
-from laco.families import Family, Step, family_of
+from laco.families import FAMILIES, Family, Step, family_of
 from laco.files import atomic_directory
 from laco.methods import Method
 from laco.surgery import compress, set_steps
@@ -32,6 +33,8 @@ def from_pretrained(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads a model, stock or compressed, and its processor.
 
+    A vision encoder alone comes with its image processor, or with None from a directory without one.
+
     Args:
         source: a directory, or a name on the hub.
         compressor: a method to compress the model with, or a directory of `save_compressor`.
@@ -41,8 +44,12 @@ def from_pretrained(
         LacoError: there is no such model, a file is damaged, weights are no safetensors, or a key is missing,
             extra or has another shape than the configuration says.
     """
+    hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+        # Any model with pictures and text may be loaded, also of a family that is not known.
+        family = next((family for family in FAMILIES if family.owns_config(config)), Family)
+        loaded: Any = family.auto_model.from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below instead of by transformers
@@ -50,11 +57,12 @@ def from_pretrained(
             trust_remote_code=False,
             **kwargs,
         )
-        hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **hub)
+        processor: Any = None
+        if family.auto_processor is AutoProcessor or has_processor(source, hub.get("subfolder", "")):
+            processor = family.auto_processor.from_pretrained(source, trust_remote_code=False, **hub)
     except LacoError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise LacoError(f"cannot load {source}: {' '.join(str(error).split())}") from error
     model, info = loaded
     shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
@@ -66,13 +74,20 @@ def from_pretrained(
     return model, processor
 
 
+def has_processor(source: str | Path, subfolder: str) -> bool:
+    """Whether an image processor can be expected: not in a directory without its file."""
+    directory = Path(source)
+    files = (directory / subfolder / name for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
+    return not directory.is_dir() or any(file.exists() for file in files)
+
+
 def save_pretrained(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: ProcessorMixin | None,
     directory: str | Path,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Saves a whole model with its processor in the plain Hugging Face layout, all of it or nothing.
+    """Saves a whole model with its processor, if it has one, in the plain Hugging Face layout, all of it or nothing.
 
     `extra_files` are texts to save beside, by their names: a recipe, a log.
 
@@ -82,7 +97,8 @@ def save_pretrained(
     """
     with atomic_directory(directory) as beside:
         model.save_pretrained(beside)
-        processor.save_pretrained(beside)
+        if processor is not None:
+            processor.save_pretrained(beside)
         for name, text in (extra_files or {}).items():
             (beside / name).write_text(text)
 

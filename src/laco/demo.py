@@ -28,7 +28,7 @@ from laco.cost.timing import Timings
 from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import FamilyScore, answer, evaluate
-from laco.evaluate.generation import encode, evaluating
+from laco.evaluate.generation import check_answers, encode, evaluating
 from laco.evaluate.report import command, versions
 from laco.evaluate.scores import same
 from laco.families import family_of
@@ -98,6 +98,7 @@ def run(
 
     out.rule("1/5  What the model can do", align="left")
     base, processor = from_pretrained(source)
+    check_answers(processor)
     about = describe(base, source)
     out.print(f"{about['name']}: {about['parameters']:,} parameters, {about['visual_tokens']} visual tokens a picture")
     shown = show_answers(base, processor, size.pictures, seed, output / "pictures", out)

@@ -28,10 +28,11 @@ def compress(
 
     Args:
         model: of a family that laco knows (`laco.families()`), stock or already compressed at other places.
-            Any device, the meta device too; dtype, training mode, `requires_grad`, attention and gradient
-            checkpointing stay as they are. The compressor gets dtype and device of the encoder.
-        processor: that of the model; from then on it counts the placeholder tokens that remain. None if there
-            is none.
+            Any device, the meta device too; dtype, training mode, `requires_grad`, hooks, attention and gradient
+            checkpointing stay as they are. The compressor gets dtype and device of the encoder. It may be a
+            vision encoder alone.
+        processor: that of the model; from then on it counts the placeholder tokens that remain. The image
+            processor of a vision encoder alone. None if there is none.
         method: a merger. After the last layer that the language model reads, it stands in the place of the
             projector if it `is_projector`.
 
@@ -70,6 +71,11 @@ def decompress(
 
 def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     """Where a method stands in a model of this configuration; `LacoError` if it cannot."""
+    if isinstance(method, Method) and not isinstance(method, Merger):
+        raise LacoError(
+            f"{method.name} is no merger, and laco puts only mergers into models so far; {type(method).__name__} can be"
+            " called on tensors"
+        )
     if not isinstance(method, Merger):
         raise LacoError(f"a vision encoder is compressed by a merger such as laco.LaCo(); got {method!r}")
     layers = family.encoder_kind(config).num_layers(family.vision_config(config))
@@ -99,7 +105,7 @@ def set_steps(model: PreTrainedModel, processor: ProcessorMixin | None, steps: S
         family.set_projector(model, *replaced)
     family.set_classes(model, steps)
     if processor is not None:
-        family.set_processor(processor, config)
+        family.set_processor(processor, model.config)
 
 
 def new_encoder(old: Any, family: Family, config: PreTrainedConfig, steps: Sequence[Step]) -> Any:
@@ -167,8 +173,18 @@ def same_kind(one: nn.Module, other: nn.Module) -> bool:
     return isinstance(one, type(other)) or isinstance(other, type(one))
 
 
+# What modules keep besides tensors. transformers captures outputs by hooks on layers, and notes that they are there.
+KEPT = {
+    "training",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_output_capturing_hooks_installed",
+    *(key for key in vars(nn.Module()) if "hook" in key),
+}
+
+
 def move_tensors(old: nn.Module, new: nn.Module) -> None:
-    """Gives a newly built encoder the very parameters and buffers of the old one, and its modules' state."""
+    """Gives a newly built encoder the very parameters and buffers of the old one, and its modules' state and hooks."""
     parts = dict(new.named_modules())
     for name, module in old.named_modules():
         if hasattr(module, "_hf_hook"):
@@ -184,7 +200,4 @@ def move_tensors(old: nn.Module, new: nn.Module) -> None:
             )
         for key, tensor in tensors:
             setattr(part, key, tensor)
-        part.training = module.training
-        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if hasattr(module, key):
-                setattr(part, key, getattr(module, key))
+        part.__dict__.update({key: value for key, value in module.__dict__.items() if key in KEPT})

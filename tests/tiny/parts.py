@@ -1,13 +1,19 @@
 """What the tiny random models are made of: an in-memory tokenizer, configurations, pictures. No hub."""
 
+from typing import TypeVar
+
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoProcessor,
     CLIPVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -15,10 +21,21 @@ from transformers import (
 from laco.families import Family, family_of
 
 SPECIALS = ("<pad>", "<eos>", "<image>", "<video>")
+# The oldest transformers that is tested, 5.16.1, can do a little less; `Case.cannot` names it.
+OLDEST = Version(transformers.__version__) < Version("5.19")
+
+ProcessorClass = TypeVar("ProcessorClass", bound=type[ProcessorMixin])
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte and the special tokens, after them."""
+def findable(processor: ProcessorClass) -> ProcessorClass:
+    """Lets AutoProcessor find a class of the tests by its name, which is what saved processors record."""
+    config = type(f"{processor.__name__}Config", (PreTrainedConfig,), {})  # 5.16.1 ignores its own configurations here
+    AutoProcessor.register(config, processor)
+    return processor
+
+
+def tokenizer(**further: str) -> PreTrainedTokenizerFast:
+    """One token a byte and the special tokens, after them; `further` ones by their names in the tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         pad_token=pad,
         eos_token=eos,
-        extra_special_tokens={"image_token": image, "video_token": video},
+        extra_special_tokens={"image_token": image, "video_token": video, **further},
         padding_side="left",
     )
 

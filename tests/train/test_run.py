@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import laco
+import tiny
 from laco.errors import LacoError
 from laco.train import run, train
 from laco.train.recipe import GROUPS, Stage
@@ -228,3 +229,15 @@ def test_two_processes_do_what_one_does(base: Path, tmp_path: Path) -> None:
     assert any((two[name] - start_weights[name]).abs().max() > 1e-4 for name in two)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-4)  # Adam moves by up to 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "paligemma"])
+def test_models_that_cannot_take_packed_questions_are_refused(name: str, tmp_path: Path) -> None:
+    """Their positions have three dimensions, or their prompts attend in both directions: training would be wrong."""
+    case = next(case for label, case in tiny.CASES.items() if label.startswith(name))
+    model, processor = case.build()
+    processor.chat_template = "{{ messages }}"
+    laco.save_pretrained(model, processor, tmp_path / "model")
+    with pytest.raises(LacoError, match=f"which the language model of {name} does not allow"):
+        quiet_run(tmp_path / "out", model=str(tmp_path / "model"), new=None)
+    assert not (tmp_path / "out").exists()

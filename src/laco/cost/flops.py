@@ -26,8 +26,9 @@ class StageFlops:
 
     `encoder_before` are the encoder layers before the first merger (all of them if there is none inside),
     `encoder_after` those on merged tokens, `unread` what runs behind the layer that the language model reads (the
-    last layer of LLaVA 1.5's encoder, SigLIP's pooling head). A merger in the place of the projector counts as
-    `projector`.
+    last layer of LLaVA 1.5's encoder, a pooling head). A merger in the place of the projector counts as `projector`,
+    one that the stock encoder has inside by itself as `compressor`.
+    A vision encoder alone has neither projector nor language model.
     """
 
     patch_embedding: float
@@ -77,6 +78,11 @@ def pooling_head_flops(tokens: int, width: int, hidden: int) -> float:
     """SigLIP's head: one learned query attends to all tokens, then an MLP."""
     attention = 2 * linear_flops(tokens, width, width) + 2 * linear_flops(1, width, width) + 4 * tokens * width
     return attention + 2 * linear_flops(1, width, hidden)
+
+
+def attention_pooling_flops(tokens: int, width: int) -> float:
+    """AIMv2's head: one learned query attends to all tokens, then a projection."""
+    return 2 * linear_flops(tokens, width, width) + 4 * tokens * width + linear_flops(1, width, width)
 
 
 def decoder_flops(config: Any, tokens: int, logits: int = 1) -> float:
@@ -134,6 +140,8 @@ def stage_flops(
     config: Any = model.config if isinstance(model, PreTrainedModel) else model
     family = family_of_config(config)
     steps = [*family.steps(config), *(place(method, family, config) for method in methods)]
+    if methods:  # grids and what attends to what follow from the configuration that they would give
+        config = family.with_steps(config, sorted(steps, key=lambda step: step.layer))
     inside = sorted((step for step in steps if step.place == "encoder"), key=lambda step: step.layer)
     connector = next((step.merger for step in steps if step.place == "projector"), None)
     kind, vision, text = family.encoder_kind(config), family.vision_config(config), family.text_config(config)
@@ -144,7 +152,7 @@ def stage_flops(
     grid, merged = family.own_grid(config, size), False
     before = compressor = after = unread = 0.0
     patch_embedding = linear_flops(grid.tokens, kind.patch_values(vision), width)
-    last, mergers = max(family.read_layers(config)), {step.layer: step.merger for step in inside}
+    last, mergers = max(family.read_layers(config)), [*(step.merger for step in inside), *family.own_mergers(config)]
     for layer in range(kind.num_layers(vision)):
         attended = kind.attended(vision, grid, layer)
         flops = encoder_layer_flops(grid.tokens + prefix, width, hidden, gated=gated, attended=attended)
@@ -154,11 +162,13 @@ def stage_flops(
             after += flops
         else:
             before += flops
-        if merger := mergers.get(layer + 1):
+        for merger in (merger for merger in mergers if merger.layer == layer + 1):
             compressor += merger_flops(merger, grid, width)
             grid, merged = merger.num_tokens(grid), True
     if getattr(vision, "vision_use_head", False):
         unread += pooling_head_flops(grid.tokens, width, hidden)
+    if getattr(vision, "use_head", False):
+        unread += attention_pooling_flops(grid.tokens, width)
 
     if connector is not None:
         projector = merger_flops(connector, grid, width, text_width)
@@ -174,5 +184,5 @@ def stage_flops(
         encoder_after=pictures * after,
         unread=pictures * unread,
         projector=pictures * projector,
-        language_model=decoder_flops(text, sequence, logits),
+        language_model=0.0 if text is None else decoder_flops(text, sequence, logits),
     )

@@ -19,6 +19,7 @@ from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from laco.data import Sample
+from laco.errors import LacoError
 
 
 class Answers(NamedTuple):
@@ -37,8 +38,15 @@ def prompt(processor: Any, question: str, pictures: int = 1) -> str:
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
+def check_answers(processor: Any) -> None:
+    """Raises `LacoError` for a processor that takes no text, as a vision encoder alone has it, or none at all."""
+    if not hasattr(processor, "tokenizer"):
+        raise LacoError("a vision encoder alone answers no questions; this needs a vision-language model")
+
+
 def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> BatchFeature:
     """Tensors for a batch of questions, padded on the left, each with its own list of RGB pictures."""
+    check_answers(processor)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so its value does not matter
@@ -53,10 +61,14 @@ def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Sequence
 
 
 def split_inputs(model: Any, inputs: BatchFeature) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs of the vision encoder (what `get_image_features` takes), and the others."""
+    """The inputs of the vision encoder (what `get_image_features` takes), and the others.
+
+    Grids of pictures are among both: the language model's positions follow from them (M-RoPE of Qwen).
+    """
     takes = inspect.signature(model.base_model.get_image_features).parameters
     seen = {name: value for name, value in inputs.items() if name in takes}
-    return seen, {name: value for name, value in inputs.items() if name not in takes}
+    others = {name: value for name, value in inputs.items() if name not in takes or name == "image_grid_thw"}
+    return seen, others
 
 
 def encode_once(model: Any, inputs: BatchFeature, pictures: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -19,8 +21,9 @@ from laco.errors import LacoError
 from laco.families.connector import Connector
 from laco.families.encoders import CompressedVisionModel, Encoder, encoder_of
 from laco.families.encoders.base import Size, take_over_conversions
-from laco.families.steps import Step
+from laco.families.steps import Step, image_sides
 from laco.grid import Grid
+from laco.methods import Merger
 
 
 class Family(ABC):
@@ -36,6 +39,9 @@ class Family(ABC):
         encoder_at, projector_at: paths of vision encoder and projector in the model.
         connects: a merger may take the place of the projector. Not where that is itself a merger or has
             other duties; there, external methods stand before it.
+        packs: several questions about a picture may be trained on in one sequence, kept apart by a mask of pairs of
+            tokens and by positions: plain causal attention with positions of one dimension.
+        auto_model, auto_processor: the Auto classes that load them.
     """
 
     name: ClassVar[str]
@@ -50,6 +56,17 @@ class Family(ABC):
     encoder_at: ClassVar[str] = "model.vision_tower"
     projector_at: ClassVar[str] = "model.multi_modal_projector"
     connects: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    auto_model: ClassVar[Any] = AutoModelForImageTextToText
+    auto_processor: ClassVar[Any] = AutoProcessor
+
+    @property
+    def stock_classes(self) -> tuple[type[PreTrainedModel], ...]:
+        return (self.stock,)
+
+    @property
+    def compressed_classes(self) -> tuple[type[PreTrainedModel], ...]:
+        return (self.compressed,) if self.compressed else ()
 
     def register(self) -> None:
         """Makes the Auto classes know the classes of compressed models."""
@@ -60,9 +77,10 @@ class Family(ABC):
         AutoModelForImageTextToText.register(self.compressed_config, self.compressed, exist_ok=True)
         take_over_conversions(self.compressed_config.model_type, self.stock_config.model_type)
         take_over_conversions(self.compressed_model.__name__, self.stock_model.__name__)
+        take_over_conversions(self.compressed.__name__, self.stock.__name__)
 
     def owns(self, model: nn.Module) -> bool:
-        return type(model) in (self.stock, self.compressed)
+        return type(model) in (*self.stock_classes, *self.compressed_classes)
 
     def owns_config(self, config: PreTrainedConfig) -> bool:
         return type(config) in (self.stock_config, self.compressed_config)
@@ -78,8 +96,12 @@ class Family(ABC):
     def projector(self, model: PreTrainedModel) -> nn.Module:
         return model.get_submodule(self.projector_at)
 
+    def body(self, model: PreTrainedModel) -> Any:
+        """The model without its language-model head, of class `stock_model`: what holds the parts."""
+        return model.model
+
     def language_model(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.model.language_model
+        return self.body(model).language_model
 
     def compressors(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """The mergers in a model by their places, `layers.{k}` or `projector`."""
@@ -106,7 +128,7 @@ class Family(ABC):
         parent, _, name = self.encoder_at.rpartition(".")
         setattr(model.get_submodule(parent), name, encoder)
         model.config.vision_config = encoder.config
-        for part in (model, model.model):  # gathered from the encoder when the model was built
+        for part in (model, self.body(model)):  # gathered from the encoder when the model was built
             part._no_split_modules = {*(part._no_split_modules or ()), *(encoder._no_split_modules or ())}
 
     def set_projector(self, model: PreTrainedModel, projector: nn.Module, read: int | list[int]) -> None:
@@ -125,7 +147,7 @@ class Family(ABC):
             assert not ours, f"{self.name} has no classes for {steps}"
             return
         model.__class__ = self.compressed if ours else self.stock
-        model.model.__class__ = self.compressed_model if ours else self.stock_model
+        self.body(model).__class__ = self.compressed_model if ours else self.stock_model
         model.config.__class__ = self.compressed_config if ours else self.stock_config
 
     # The geometry, from a configuration alone.
@@ -151,6 +173,16 @@ class Family(ABC):
     def steps(self, config: PreTrainedConfig) -> list[Step]:
         """The mergers that a model of this configuration has, first to last."""
         return getattr(self.vision_config(config), "steps", [])
+
+    def with_steps(self, config: Any, steps: Sequence[Step]) -> Any:
+        """A copy of a configuration with exactly these mergers in the encoder's."""
+        config = deepcopy(config)
+        config.vision_config = self.encoder_kind(config).with_steps(self.vision_config(config), steps)
+        return config
+
+    def own_mergers(self, config: Any) -> list[Merger]:
+        """The mergers that the stock encoder has inside by itself, `layer` being their place."""
+        return []
 
     def read_layers(self, config: Any, read: int | list[int] | None = None) -> list[int]:
         """The counts of encoder layers whose outputs the language model reads, or would by
@@ -221,8 +253,8 @@ class Family(ABC):
 
         As it is, it fits encoders of one square picture size.
         """
-        size = self.vision_config(config).image_size
-        return {"the picture size": (picture_size(processor.image_processor), (size, size))}
+        wanted = image_sides(self.vision_config(config).image_size)
+        return {"the picture size": (picture_size(processor.image_processor), wanted)}
 
     def set_processor(self, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         """Lets a processor count placeholder tokens as a model of this configuration needs them."""
@@ -241,6 +273,6 @@ def _get(part: Any, name: str) -> Any:
 def picture_size(image_processor: Any) -> tuple[int | None, int | None]:
     """Height and width in pixels of what an image processor gives to the encoder."""
     cropped = getattr(image_processor, "do_center_crop", False) and image_processor.crop_size
-    size = image_processor.crop_size if cropped else image_processor.size
+    size = (image_processor.crop_size if cropped else getattr(image_processor, "size", None)) or {}
     edge = size.get("shortest_edge")
     return (edge, edge) if edge else (size.get("height"), size.get("width"))

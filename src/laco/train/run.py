@@ -18,6 +18,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from laco.checkpoint import from_pretrained, save_pretrained
 from laco.errors import LacoError
 from laco.evaluate import evaluate
+from laco.evaluate.generation import check_answers
+from laco.families import family_of
+from laco.families.compat import checkpoint_activations
 from laco.files import write_file
 from laco.methods import from_dict
 from laco.surgery import compress
@@ -132,6 +135,12 @@ def _start(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     else:
         assert recipe.model is not None
         model, processor = from_pretrained(recipe.model)
+        check_answers(processor)
+        if not family_of(model).packs:
+            raise LacoError(
+                f"laco train asks several questions about a picture in one sequence, which the language model of"
+                f" {family_of(model).name} does not allow; train it with the Trainer of transformers"
+            )
     for entry in recipe.compress:
         compress(model, processor, from_dict(entry))
     if recipe.compress and recipe.model and Path(recipe.model).is_dir():
@@ -146,6 +155,7 @@ def _teacher(recipe: Recipe) -> tuple[PreTrainedModel | None, ProcessorMixin | N
     if directory is None:
         raise LacoError("distillation needs a teacher: give distill.teacher or start from a model")
     teacher, processor = from_pretrained(directory)
+    check_answers(processor)
     return teacher.eval().requires_grad_(False), processor
 
 
@@ -165,7 +175,7 @@ def _trainer(
         raise LacoError(f"stage {stage.name}: batch_size {stage.batch_size} does not divide by {processes} processes")
     freeze(learner.vlm, stage)
     if recipe.gradient_checkpointing:
-        learner.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(learner.vlm, use_reentrant=False)
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=stage.steps,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoProcessor,
+    BatchFeature,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from tiny.case import Case
-from tiny.parts import awake, text_config, tokenizer, vision_config
+from tiny.parts import awake, findable, text_config, tokenizer, vision_config
 
 
+@findable
 class LlavaOnevisionImageOnlyProcessor(LlavaOnevisionProcessor):
     """LLaVA-OneVision's processor without video: its video processor would need torchvision.
 
@@ -45,9 +46,6 @@ class LlavaOnevisionImageOnlyProcessor(LlavaOnevisionProcessor):
             vision_aspect_ratio=vision_aspect_ratio,
             **kwargs,
         )
-
-
-AutoProcessor.register(LlavaOnevisionConfig, LlavaOnevisionImageOnlyProcessor, exist_ok=True)
 
 
 def llava_onevision(
@@ -87,7 +85,24 @@ def llava_onevision(
     return awake(LlavaOnevisionForConditionalGeneration(configuration)), processor
 
 
+def video(
+    model: LlavaOnevisionForConditionalGeneration, processor: LlavaOnevisionProcessor, frames: int, seed: int
+) -> BatchFeature:
+    """A question about a video."""
+    size = model.config.vision_config.image_size
+    pixels = {
+        "pixel_values_videos": torch.randn(1, frames, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    }
+    text = f"see {processor.replace_video_token(pixels, 0)} well"
+    return BatchFeature({**processor.tokenizer([text], return_tensors="pt"), **pixels})
+
+
 CASES = [
-    Case("llava_onevision-siglip", llava_onevision, nested=True),
-    Case("llava_onevision-clip", partial(llava_onevision, "clip", vision_feature_layer=-2), nested=True),
+    Case("llava_onevision-siglip", llava_onevision, nested=True, videos=video),
+    Case(
+        "llava_onevision-clip",
+        partial(llava_onevision, "clip", vision_feature_layer=-2),
+        nested=True,
+        videos=video,
+    ),
 ]

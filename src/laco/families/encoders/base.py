@@ -62,9 +62,14 @@ class MergingLayer(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, merger: Merger):
         super().__init__(config)
-        self.compressor = merger.build(config.hidden_size)
+        self.compressor = merger.build(self.width_of(config))
         self.factor, self.odd = merger.factor, merger.odd
         self.prefix = self.prefix_of(config)
+
+    @staticmethod
+    def width_of(config: Any) -> int:
+        """Channels of the layer's tokens."""
+        return config.hidden_size
 
     @staticmethod
     def prefix_of(config: PreTrainedConfig) -> int:
@@ -140,19 +145,23 @@ class FixedGridVisionConfig(CompressedVisionConfig):
             replaced by the effective one; if present, `patch_size` must be the effective one.
     """
 
-    embed_patch_size: int | None = None
+    embed_patch_size: int | list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         stock: Any = self
         own = stock.patch_size if self.embed_patch_size is None else self.embed_patch_size
-        effective = effective_patch_size(stock.image_size, own, self.steps)
-        if self.embed_patch_size is not None and stock.patch_size != effective:
+        effective = self.effective_patch_size(own)
+        if self.embed_patch_size is not None and image_sides(stock.patch_size) != image_sides(effective):
             raise LacoError(
                 f"patch_size {stock.patch_size} contradicts the compression of patches of {own} pixels; it"
                 f" must be {effective}"
             )
         self.embed_patch_size, stock.patch_size = own, effective
+
+    def effective_patch_size(self, own: Any) -> Any:
+        stock: Any = self
+        return effective_patch_size(stock.image_size, own, self.steps)
 
 
 class FixedGridVisionModel(CompressedVisionModel):
@@ -166,6 +175,16 @@ class FixedGridVisionModel(CompressedVisionModel):
             super().__init__(config)
         finally:
             config.patch_size = effective
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A layer sees the number of tokens alone, and would take 4 x 9 of them for 6 x 6.
+        (height, width), patch = pixel_values.shape[-2:], image_sides(self.config.embed_patch_size)
+        if self.config.compression and height // patch[0] != width // patch[1]:
+            raise LacoError(
+                f"a compressed {self.config.model_type.removeprefix('laco_')} takes square pictures alone; got"
+                f" {height} x {width} pixels"
+            )
+        return super().forward(pixel_values, *args, **kwargs)
 
 
 def take_over_conversions(ours: str, stock: str) -> None:
@@ -191,7 +210,8 @@ class Encoder:
     compressed_config: type[CompressedVisionConfig]
 
     def owns(self, config: PreTrainedConfig) -> bool:
-        return config.model_type in (self.stock_config.model_type, self.compressed_config.model_type)
+        # Not by `model_type`, which in configurations on the hub may be that of the whole model.
+        return type(config) in (self.stock_config, self.compressed_config)
 
     def register(self) -> None:
         AutoConfig.register(self.compressed_config.model_type, self.compressed_config, exist_ok=True)
@@ -207,7 +227,7 @@ class Encoder:
         return config.num_hidden_layers
 
     def width(self, config: Any) -> int:
-        return config.hidden_size
+        return self.compressed.layer_class.width_of(config)
 
     def prefix(self, config: Any) -> int:
         """Tokens before the patches that are never merged: CLS, registers."""
@@ -228,10 +248,19 @@ class Encoder:
 
     # Its geometry.
 
+    def interpolates(self, config: Any) -> bool:
+        """Whether it makes positions for square pictures of any size, not of `image_size` alone."""
+        return False
+
+    def takes(self, config: Any, size: tuple[int | None, int | None]) -> bool:
+        """Whether it takes pictures of this size; always, where it has not one size for all."""
+        wanted = self.geometry(config).get("image_size")
+        return wanted is None or size == image_sides(wanted) or (self.interpolates(config) and size[0] == size[1])
+
     def own_grid(self, config: Any, size: Size | None = None) -> Grid:
         """The grid before any merger. `size` is that of the picture, where grids depend on it."""
         patch = image_sides(getattr(config, "embed_patch_size", None) or config.patch_size)
-        height, width = image_sides(config.image_size)
+        height, width = size if size and self.interpolates(config) else image_sides(config.image_size)
         return Grid(1, height // patch[0], width // patch[1])
 
     def grid(self, config: Any, size: Size | None = None) -> Grid:
