@@ -62,7 +62,8 @@ class Collator:
         if not any(item.asked for item in items):
             return dict(processor.image_processor(images=images, return_tensors="pt", **sized))
         heads, tails = zip(*(self._prompt(processor, len(item.images)) for item in items), strict=True)
-        inputs = dict(processor(images=images or None, text=list(heads), return_tensors="pt", padding=True, **sized))
+        shown = [item.images for item in items if item.images]  # nested, as some treat several pictures unlike one
+        inputs = dict(processor(images=shown or None, text=list(heads), return_tensors="pt", padding=True, **sized))
         prefixes = [
             ids[mask.bool()] for ids, mask in zip(inputs.pop("input_ids"), inputs.pop("attention_mask"), strict=True)
         ]

@@ -17,7 +17,9 @@ from laco.world.labels import IGNORE, LABELS
 # Most patches show nothing; counted fully they drown the few that do.
 _BACKGROUND = 0.1
 
-_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|image_newline|connector|mlp1)(\.|$)")
+_PROJECTOR = re.compile(
+    r"(^|\.)(multi_modal_projector|image_newline|connector|mlp1|visual\.merger|visual\.deepstack_merger_list)(\.|$)"
+)
 _ENCODER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 _LAYER = re.compile(r"\.(?:layers|blocks|layer)\.(\d+)\.")
 
@@ -94,6 +96,14 @@ class Learner(nn.Module):
         super().__init__()
         self.vlm, self.stage = vlm, stage
         self.dense = dense if stage.dense else None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Every tensor once: the Trainer's checkpoints refuse embeddings that are the head's weights too."""
+        state = super().state_dict(*args, **kwargs)
+        names: dict[Any, str] = {}
+        for name, tensor in state.items():
+            names.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
+        return {name: state[name] for name in names.values()}
 
     def forward(self, dense_labels: dict[str, Tensor] | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Returns `loss`, its parts, and `answer_logits` (tokens, vocabulary) where an answer is predicted."""
