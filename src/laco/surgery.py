@@ -6,7 +6,8 @@ Everything that can fail is done before the first change, so after an error mode
 were.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,11 +47,12 @@ def compress(
             changed then.
     """
     family = family_of(model)
-    step = place(method, family, model.config)
-    steps = family.steps(model.config)
-    if taken := [other for other in steps if other.layer == step.layer]:
-        raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
-    set_steps(model, processor, [*steps, step])
+    with naming(family):
+        step = place(method, family, model.config)
+        steps = family.steps(model.config)
+        if taken := [other for other in steps if other.layer == step.layer]:
+            raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
+        set_steps(model, processor, [*steps, step])
     return model, processor
 
 
@@ -63,10 +65,23 @@ def decompress(
     compressed model, so after loading such a model from disk this raises `LacoError`; so does a model that is
     not compressed. Nothing has changed then.
     """
-    if not family_of(model).steps(model.config):
-        raise LacoError("the model is not compressed")
-    set_steps(model, processor, [])
+    family = family_of(model)
+    with naming(family):
+        if not family.steps(model.config):
+            raise LacoError("the model is not compressed")
+        set_steps(model, processor, [])
     return model, processor
+
+
+@contextmanager
+def naming(family: Family) -> Iterator[None]:
+    """Lets every `LacoError` name the family whose limit it is about."""
+    try:
+        yield
+    except LacoError as error:
+        if family.name in str(error):
+            raise
+        raise LacoError(f"{family.name}: {error}") from error
 
 
 def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:

@@ -6,6 +6,7 @@ import torch
 import laco
 import tiny
 from families.matrix import ONE, differ, holds, identity
+from laco.families import family_of
 
 
 @holds("the picture and the compressor matter", places=("inside", "external", "map"), of_stock=False)
@@ -52,8 +53,9 @@ def test_several_mergers(subject):
 
 def refuses(model, processor, method, message: str) -> None:
     before = identity(model, processor)
-    with pytest.raises(laco.LacoError, match=message):
+    with pytest.raises(laco.LacoError, match=message) as refusal:
         laco.compress(model, processor, method)
+    assert family_of(model).name in str(refusal.value)
     assert identity(model, processor) == before
 
 
