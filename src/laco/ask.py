@@ -14,6 +14,7 @@ from transformers.generation import BaseStreamer
 from laco.evaluate.generation import count_visual_tokens, encode, evaluating, greedy, split_inputs
 from laco.evaluate.report import is_compressed
 from laco.families import family_of
+from laco.families.compat import given_features
 
 
 class Asked(BaseModel):
@@ -67,12 +68,8 @@ def ask(
         for length in (2, max_new_tokens):
             features, encoder_ms = timed(lambda: model.get_image_features(**seen, return_dict=True))
             watch = Stopwatch()
-            output = model.generate(
-                **others,
-                mm_encoder_outputs={"image": features},
-                streamer=watch,
-                **greedy(processor, model, length),
-            )
+            with given_features(model, seen, others, features) as given:
+                output = model.generate(**given, streamer=watch, **greedy(processor, model, length))
     asked, first, *further = watch.times
     new = output[0, inputs["input_ids"].shape[1] :]
     before = inputs

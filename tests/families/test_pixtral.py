@@ -21,6 +21,7 @@ from laco.families.encoders.pixtral import PIXTRAL, LacoPixtralVisionModel
 from laco.families.steps import Step
 from tiny.families.llava_pixtral import llava_pixtral
 from tiny.families.mistral3 import mistral3
+from tiny.parts import OLDEST
 
 BUILDERS = {"llava": llava_pixtral, "mistral3": mistral3}
 families = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
@@ -324,6 +325,7 @@ def test_a_compressor_finds_its_way_back_at_a_factor_that_does_not_divide_the_la
         laco.load_compressor(*llava_pixtral(image_size=40, patch_size=5), tmp_path)
 
 
+@pytest.mark.xfail(OLDEST, reason="the stock encoder of transformers 5.16.1 does not export either", strict=True)
 def test_the_encoder_exports_with_pictures_of_several_sizes():
     model, processor = llava_pixtral(layers=2)
     laco.compress(model, processor, laco.LaCo(layer=1))

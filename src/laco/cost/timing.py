@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from laco.ask import timed
 from laco.evaluate.generation import split_inputs
 from laco.evaluate.report import versions
+from laco.families.compat import given_features
 from laco.train.recipe import Stage
 from laco.train.trainer import Learner
 
@@ -137,12 +138,13 @@ def encoder_call(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
 
 def prefill_call(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
     """The language model over the whole prompt up to the first new token; the pictures are encoded beforehand."""
-    _, others = split_inputs(model, inputs)  # type: ignore[arg-type]
+    seen, others = split_inputs(model, inputs)  # type: ignore[arg-type]
     features = encoder_call(model, inputs)()
 
     @torch.inference_mode()
     def call() -> Any:
-        return model(**others, mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1)
+        with given_features(model, seen, others, features) as given:
+            return model(**given, use_cache=True, logits_to_keep=1)
 
     return call
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from laco.data import Sample
 from laco.errors import LacoError
+from laco.families.compat import TAKES_FEATURES
 
 
 class Answers(NamedTuple):
@@ -80,11 +81,11 @@ def encode_once(model: Any, inputs: BatchFeature, pictures: Sequence[Sequence[Im
 
     Returns:
         Arguments for `generate`: the inputs as they are where a question has not exactly one picture, or
-        where rows of the pixels are not pictures (families that pack patches).
+        where rows of the pixels are not pictures (families that pack patches), or where transformers is too old.
     """
     seen, others = split_inputs(model, inputs)
     one_each = all(len(shown) == 1 for shown in pictures)
-    if not one_each or any(len(value) != len(pictures) for value in seen.values()):
+    if not TAKES_FEATURES or not one_each or any(len(value) != len(pictures) for value in seen.values()):
         return dict(inputs)
     names = [id(picture) for (picture,) in pictures]
     different = list(dict.fromkeys(names))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from laco.errors import LacoError
+from laco.families.compat import given_features
 from laco.train.recipe import GROUPS, Distill, Stage
 from laco.world.labels import IGNORE, LABELS
 
@@ -109,16 +111,18 @@ class Learner(nn.Module):
         """Returns `loss`, its parts, and `answer_logits` (tokens, vocabulary) where an answer is predicted."""
         out: dict[str, Tensor] = {}
         loss = torch.zeros((), device=self.vlm.device)
+        seen: dict[str, Tensor] = {}
         if self.dense is not None and dense_labels is not None:
             vlm: Any = self.vlm
-            images = vlm.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
+            seen = {"pixel_values": inputs.pop("pixel_values")}
+            images = vlm.get_image_features(**seen, return_dict=True)
             out["dense"] = self.dense(images.hidden_states[-1], dense_labels)
             loss = loss + self.stage.dense * out["dense"]
-            inputs["mm_encoder_outputs"] = {"image": images}
         if "input_ids" in inputs:
             labels = inputs.pop("labels")
             asked = labels[:, 1:] != IGNORE
-            out["answer_logits"] = answer_logits(self.vlm, inputs, asked)
+            with given_features(self.vlm, seen, inputs, images) if seen else nullcontext(inputs) as given:
+                out["answer_logits"] = answer_logits(self.vlm, given, asked)
             out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][asked])
             loss = loss + out["answer"]
         return {"loss": loss, **out}
