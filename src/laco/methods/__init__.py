@@ -21,6 +21,7 @@ from laco.methods.div_prune import DivPrune
 from laco.methods.dyntok import DynTok
 from laco.methods.evit import EViT
 from laco.methods.evs import EVS
+from laco.methods.explainability import Explainability
 from laco.methods.fastv import FastV
 from laco.methods.flashvid import FlashVID, FlashVIDLate
 from laco.methods.flexselect import FlexSelect
@@ -38,6 +39,7 @@ from laco.methods.prumerge import PruMerge
 from laco.methods.prunesid import PruneSID
 from laco.methods.pyramid_drop import PyramidDrop
 from laco.methods.random_keep import RandomKeep
+from laco.methods.random_tokens import RandomTokens
 from laco.methods.reducer import Reducer
 from laco.methods.scissor import Scissor
 from laco.methods.scope import Scope
@@ -47,6 +49,7 @@ from laco.methods.spvit import SPViT
 from laco.methods.token_packer import TokenPacker
 from laco.methods.tome import ToMe
 from laco.methods.transprune import TransPrune
+from laco.methods.uniform_stride import UniformStride
 from laco.methods.v_cast import VCast
 from laco.methods.vidcom2 import VidCom2
 from laco.methods.visionzip import VisionZip
@@ -67,6 +70,7 @@ __all__ = [
     "DivPrune",
     "DynTok",
     "EViT",
+    "Explainability",
     "FastV",
     "FlashVID",
     "FlashVIDLate",
@@ -89,6 +93,7 @@ __all__ = [
     "PruneSID",
     "PyramidDrop",
     "RandomKeep",
+    "RandomTokens",
     "Reducer",
     "SPViT",
     "Scissor",
@@ -99,6 +104,7 @@ __all__ = [
     "ToMe",
     "TokenPacker",
     "TransPrune",
+    "UniformStride",
     "VCast",
     "VidCom2",
     "VisPruner",
@@ -125,6 +131,8 @@ BUILT_IN: tuple[type[Method], ...] = (
     Folder,
     SPViT,
     IPCV,
+    RandomTokens,
+    UniformStride,
     VisionZip,
     PruMerge,
     VisPruner,
@@ -142,6 +150,7 @@ BUILT_IN: tuple[type[Method], ...] = (
     VCast,
     EVS,
     FlexSelect,
+    Explainability,
     FlashVID,
     FlashVIDLate,
     DART,
@@ -189,10 +198,7 @@ def from_dict(data: dict[str, Any]) -> Method:
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One row a method for `laco methods`: name, title, places, needs, trained, static_count, sources.
-
-    `in_models` says whether `laco.compress` takes it; the others can be called on tensors so far.
-    """
+    """One row a method for `laco methods`: name, title, places, needs, trained, static_count, sources."""
     return [
         {
             "name": method.name,
@@ -200,7 +206,6 @@ def catalogue() -> list[dict[str, Any]]:
             "places": sorted(method.places),
             "needs": sorted(method.needs),
             "trained": method.trained,
-            "in_models": issubclass(method, Merger),
             "static_count": method.static_count,
             "paper": method.paper,
             "arxiv": re.findall(r"\d{4}\.\d{5}", method.paper),

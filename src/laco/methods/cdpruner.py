@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from laco.errors import LacoError
-from laco.methods.greedy import determinantal
+from laco.methods.greedy import Product, determinantal, gram
 from laco.methods.selector import Plan, Selector, Signals, cosines
 
 
@@ -47,8 +48,8 @@ class CDPruner(Selector):
             raise LacoError('cdpruner: relevance="clip" needs clip_tokens and clip_text, which are not there')
         else:
             relevance_N = -cosines(signals.clip_tokens, signals.clip_text).mean(dim=1)
-        kernel_NN = conditional_kernel(signals.tokens, scaled(relevance_N))
-        return Plan(determinantal(kernel_NN, self.budget(signals.grid.tokens)).sort().values)
+        kernel = conditional_kernel(signals.tokens, scaled(relevance_N))
+        return Plan(determinantal(kernel, self.budget(signals.grid.tokens)).sort().values)
 
 
 def scaled(relevance: Tensor) -> Tensor:
@@ -57,5 +58,6 @@ def scaled(relevance: Tensor) -> Tensor:
     return (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
 
 
-def conditional_kernel(tokens_ND: Tensor, relevance_N: Tensor) -> Tensor:
-    return relevance_N[:, None] * cosines(tokens_ND) * relevance_N
+def conditional_kernel(tokens_ND: Tensor, relevance_N: Tensor) -> Product:
+    """(N, N) products of relevances with cosines: those of unit vectors, each times its relevance."""
+    return gram(relevance_N[:, None] * normalize(tokens_ND.float(), dim=-1))

@@ -119,8 +119,7 @@ class DecoderMethod(Method):
     the `next` one would compute, from its own norm, projections and rotary table.
 
     Args:
-        keep: visual tokens that stay after each point, as counts (all, where there are fewer) or fractions of those at
-            the beginning.
+        keep: visual tokens that stay after each point, as counts or fractions of those at the beginning.
         depths: the points, as fractions of the layers; `depth` or `layer`, where only one is wanted.
         positions: as those of `Selector`: `keep` is the default also where the reference counts anew.
         strict_reference: with the quirks of the authors' code, which the class names.
@@ -196,8 +195,14 @@ class DecoderMethod(Method):
         return int(tokens)
 
     def left(self, tokens: int, alive: int, stage: int = 0) -> int:
-        """Of `alive` visual tokens, `tokens` at the beginning, how many are left after the point number `stage`."""
-        return min(self.count(self.keeps[stage], tokens), alive)
+        """Of `alive` visual tokens, `tokens` at the beginning, how many are left after the point number `stage`.
+
+        Raises:
+            LacoError: `keep` has a count above `tokens`.
+        """
+        if not isinstance(keep := self.keeps[stage], float) and keep > tokens:
+            raise LacoError(f"{self.name} cannot keep {keep} of {tokens} visual tokens")
+        return min(self.count(keep, tokens), alive)
 
     def layer_tokens(self, tokens: int, num_layers: int) -> list[int]:
         """How many visual tokens each layer of the language model computes; their mean is a paper's average budget."""

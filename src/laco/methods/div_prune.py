@@ -6,8 +6,8 @@ first = argmax_j min_{i != j} d_ij,    then repeatedly argmax_j min_{i kept} d_i
 from dataclasses import dataclass
 from typing import ClassVar
 
-from laco.methods.greedy import farthest_points
-from laco.methods.selector import Plan, Selector, Signals, cosines
+from laco.methods.greedy import farthest_tokens
+from laco.methods.selector import Plan, Selector, Signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +29,4 @@ class DivPrune(Selector):
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
-        return Plan(farthest_points(1 - cosines(signals.tokens), self.budget(signals.grid.tokens)).sort().values)
+        return Plan(farthest_tokens(signals.tokens, self.budget(signals.grid.tokens)).sort().values)

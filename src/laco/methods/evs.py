@@ -28,6 +28,7 @@ class EVS(Selector):
     assumed: ClassVar[str] = "the paper's number from memory; keep = 1 - q = 25 % is our default"
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     equivariant: ClassVar[bool] = False
+    video_only: ClassVar[bool] = True
 
     @staticmethod
     def rounding(count: float) -> int:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from laco.errors import LacoError
-from laco.methods.selector import Plan, Selector, Signals
+from laco.methods.question import QuestionSelector
+from laco.methods.selector import Plan, Signals
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexSelect(Selector):
+class FlexSelect(QuestionSelector):
     """Keeps what the question attends to in a middle layer of the same or of a small language model.
 
-    A long video is scored in `groups` of frames, each with the whole prompt around it, and each keeps its share.
+    A long video is scored in `groups` of frames, each with the whole prompt around it, and each keeps its share. In a
+    model, the choice costs a prefill of all tokens up to the scoring layer; that of what is left comes on top.
 
     Args:
         score: `max` or `mean` over heads and tokens of text.
@@ -37,7 +39,6 @@ class FlexSelect(Selector):
     )
     confirmed: ClassVar[str] = "scoring layer, maximum and mean, strided groups of 64 frames, equal shares, order"
     assumed: ClassVar[str] = "the same relative depth of the scoring layer in other models; keep = 0.0625 of 512 frames"
-    needs: ClassVar[frozenset[str]] = frozenset({"text_attention"})
 
     keep: int | float = 0.0625
     score: Literal["max", "mean"] = "max"
@@ -48,8 +49,8 @@ class FlexSelect(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.scoring_depth < 1 or self.max_frames < 1:
-            raise LacoError("flexselect: scoring_depth lies between 0 and 1, and max_frames is 1 or more")
+        if self.max_frames < 1:
+            raise LacoError(f"flexselect: max_frames is 1 or more; got {self.max_frames}")
 
     def groups(self, frames: int) -> list[range]:
         """The frames of each scoring pass: every G-th, so that each pass sees the whole video."""

@@ -87,13 +87,17 @@ class GlimpsePrune(DecoderMethod):
         row_HL = signals.logits[:, -1].float()
         return (row_HL.log_softmax(dim=-1) if self.attention == "log_softmax" else row_HL)[:, signals.visual].T
 
-    def plan(self, signals: DecoderSignals, stage: int, module: MergerModule | None) -> Plan:
+    def importance(self, signals: DecoderSignals, module: MergerModule | None) -> Tensor:
+        """(N,) logits of the head, with a gradient."""
         assert signals.maps is not None
         assert signals.grids is not None
         if not isinstance(module, GlimpseModule):
             raise LacoError("glimpse_prune needs the module that its build gives")
-        importance_N = module.head(self.features(signals), signals.maps, signals.grids)
-        return Plan(self.stays(importance_N, signals.grids).nonzero().flatten())
+        return module.head(self.features(signals), signals.maps, signals.grids)
+
+    def plan(self, signals: DecoderSignals, stage: int, module: MergerModule | None) -> Plan:
+        assert signals.grids is not None
+        return Plan(self.stays(self.importance(signals, module), signals.grids).nonzero().flatten())
 
     def stays(self, importance_N: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N,) true for what stays, picture by picture."""

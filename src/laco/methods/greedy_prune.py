@@ -6,12 +6,11 @@ maximise sum_S w_i,    cos(v_i, v_j) <= tau for all i != j in S,    solved greed
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from laco.errors import LacoError
-from laco.methods.selector import Plan, Selector, Signals, cosines
+from laco.methods.greedy import gram, independent_set
+from laco.methods.selector import Plan, Selector, Signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +44,7 @@ class GreedyPrune(Selector):
         assert signals.tokens is not None
         assert signals.text is not None
         query_D = signals.text[-1] if self.query == "last" else signals.text.float().mean(dim=0)
-        saliency_N = normalize(signals.tokens.float(), dim=-1) @ normalize(query_D.float(), dim=-1)
-        picks, _ = independent_set(
-            saliency_N, cosines(signals.tokens), self.threshold, self.budget(signals.grid.tokens)
-        )
+        unit_ND = normalize(signals.tokens.float(), dim=-1)
+        saliency_N = unit_ND @ normalize(query_D.float(), dim=-1)
+        picks, _ = independent_set(saliency_N, gram(unit_ND), self.threshold, self.budget(signals.grid.tokens))
         return Plan(picks.sort().values)
-
-
-def independent_set(weight_N: Tensor, similarity_NN: Tensor, threshold: float, count: int) -> tuple[Tensor, int]:
-    """(count,) picks in order, and how many of them keep the threshold; the others fill up by weight."""
-    order = weight_N.argsort(descending=True, stable=True)
-    free_N = torch.ones_like(weight_N, dtype=torch.bool)
-    picks: list[int] = []
-    while len(picks) < count:
-        left = order[free_N[order]]
-        if not len(left):
-            break
-        picks.append(int(left[0]))
-        free_N &= similarity_NN[left[0]] <= threshold
-        free_N[left[0]] = False
-    chosen = torch.tensor(picks, dtype=torch.long, device=order.device)
-    rest = order[~torch.isin(order, chosen)]
-    return torch.cat([chosen, rest[: count - len(picks)]]), len(picks)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from laco.errors import LacoError
-from laco.methods.greedy import determinantal
+from laco.methods.greedy import Product, determinantal
 from laco.methods.selector import Plan, Selector, Signals
 
 
@@ -40,6 +40,7 @@ class OTPrune(Selector):
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
         v_ND = normalize(signals.tokens.float(), dim=0)
-        gram_NN = v_ND @ v_ND.T
-        kernel_NN = self.gamma * (gram_NN @ gram_NN.T) + torch.eye(len(v_ND), device=v_ND.device)
-        return Plan(determinantal(kernel_NN, self.budget(signals.grid.tokens)).sort().values)
+        # V V^T V in the cheaper order; G G^T itself is never written out.
+        spread_ND = torch.linalg.multi_dot([v_ND, v_ND.T, v_ND])
+        kernel = Product(self.gamma * spread_ND, v_ND, identity=1.0)
+        return Plan(determinantal(kernel, self.budget(signals.grid.tokens)).sort().values)

@@ -6,7 +6,7 @@ batch adds is the business of whoever calls.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laco.errors import LacoError
 from laco.grid import Grid
-from laco.methods.base import Method, Place
+from laco.methods.base import MergerModule, Method, Place
 
 Positions = Literal["keep", "renumber"]
 
@@ -49,6 +49,12 @@ class Signals:
     text_attention: Tensor | None = None
     clip_tokens: Tensor | None = None
     clip_text: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the signals are, for methods that look at none of them."""
+        given = (getattr(self, field.name) for field in fields(self))
+        return next((value.device for value in given if isinstance(value, Tensor)), torch.device("cpu"))
 
     @property
     def prefix(self) -> int:
@@ -90,8 +96,8 @@ class Plan:
 class Selector(Method):
     """A method between vision encoder and language model: it keeps or merges tokens of one picture or video.
 
-    Subclasses give `plan`. Class data `applies_to`: the plan's rows are `tokens` (behind the projector) or `features`
-    (before it; the projector then reads what remains).
+    Subclasses give `plan`; those that are `trained` also `build` and `plan_with`. Class data `applies_to`: the plan's
+    rows are `tokens` (behind the projector) or `features` (before it; the projector then reads what remains).
 
     Args:
         keep: the budget: so many tokens, or such a fraction of them.
@@ -105,6 +111,8 @@ class Selector(Method):
     applies_to: ClassVar[Literal["tokens", "features"]] = "tokens"
     # Tokens in another order give the same choice: nothing depends on where in the sequence a token stands.
     equivariant: ClassVar[bool] = True
+    # A still picture would stay as it is, so models refuse one.
+    video_only: ClassVar[bool] = False
 
     keep: int | float = 0.25
     positions: Positions = "keep"
@@ -129,8 +137,20 @@ class Selector(Method):
             raise LacoError(f"{self.name} cannot keep {self.keep} of {tokens} visual tokens")
         return self.keep
 
-    def __call__(self, signals: Signals) -> Plan:
-        """The plan for one picture or video; raises `LacoError` where a signal is missing that the method needs."""
+    def build(self, width: int) -> MergerModule | None:
+        """What is trained, for rows of `width` channels (see `applies_to`); handed to `__call__`. None: nothing is."""
+        return None
+
+    def __call__(self, signals: Signals, module: MergerModule | None = None) -> Plan:
+        """The plan for one picture or video.
+
+        Args:
+            signals: what the method looks at.
+            module: what `build` gave; without it a trained method does what it does before any training.
+
+        Raises:
+            LacoError: a signal is missing that the method needs, or the module is of another method.
+        """
         for name in sorted(self.needs):
             given = getattr(signals, name, None)
             if name == "cls_attention" and given is None:
@@ -138,11 +158,15 @@ class Selector(Method):
             if given is None:
                 raise LacoError(f"{self.name} needs {name}, which is not there")
         with torch.no_grad():
-            return self.plan(signals)
+            return self.plan(signals) if module is None else self.plan_with(signals, module)
 
     @abstractmethod
     def plan(self, signals: Signals) -> Plan:
-        """What `__call__` gives, all of `needs` being there."""
+        """What `__call__` gives without a module, all of `needs` being there."""
+
+    def plan_with(self, signals: Signals, module: MergerModule) -> Plan:
+        """What `__call__` gives with a module."""
+        raise LacoError(f"{self.name} takes no module: nothing of it is trained")
 
 
 def cosines(x_NC: Tensor, y_MC: Tensor | None = None) -> Tensor:

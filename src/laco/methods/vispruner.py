@@ -9,6 +9,8 @@ from torch import Tensor
 from laco.errors import LacoError
 from laco.methods.selector import Plan, Selector, Signals, cosines
 
+NEAR = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisPruner(Selector):
@@ -52,10 +54,18 @@ def without_duplicates(similarity_NN: Tensor, rest: Tensor, count: int, step: in
 
     Every other token of the list, from the first on, is compared with those between; the tokens that remain of the
     former go to the front, the most redundant first.
+
+    A nearest twin is looked for among the `NEAR` tokens most like a token of all, computed once; in the whole list only
+    where none of these is left.
     """
+    near = similarity_NN.topk(min(NEAR, len(similarity_NN)), dim=1)
     while len(rest) > count:
         dropped = min(step, len(rest) - count, (len(rest) + 1) // 2)
         even, odd = rest[::2], rest[1::2]
-        twin = similarity_NN[even][:, odd].amax(dim=1) if len(odd) else torch.ones_like(even, dtype=torch.float)
+        is_odd_N = torch.zeros_like(similarity_NN[0], dtype=torch.bool).index_fill_(0, odd, True)
+        twin = near.values[even].masked_fill_(~is_odd_N[near.indices[even]], -torch.inf).amax(dim=1)
+        far = (twin == -torch.inf).nonzero()
+        if len(odd):
+            twin[far] = similarity_NN[even[far], odd].amax(dim=1, keepdim=True)
         rest = torch.cat([even[twin.argsort(descending=True, stable=True)[dropped:]], odd])
     return rest
