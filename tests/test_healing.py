@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import laco
-from laco.data import load_samples
+from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
@@ -21,12 +21,12 @@ from laco.healing import (
     Variant,
     average_interval,
     comparison,
-    halved,
     pooled,
     recipe_of,
     run_study,
     seed_interval,
     variant,
+    with_less_detail,
 )
 
 
@@ -77,7 +77,7 @@ def test_the_first_stage_trains_what_there_is(
 
 def test_halved_pictures_lose_detail_and_stay_shared() -> None:
     samples = load_samples("world", limit=14, seed=0)
-    found = halved(samples)
+    found = with_less_detail(samples, 2)
     for one, other in zip(samples, found, strict=True):
         before, after = (np.asarray(s.pictures()[0], dtype=float) for s in (one, other))
         assert before.shape == after.shape
@@ -87,7 +87,7 @@ def test_halved_pictures_lose_detail_and_stay_shared() -> None:
         [s.picture_key for s in found].index(sample.picture_key) for sample in found
     ]
     stripes = Image.fromarray(np.tile(np.array([[0, 255]], dtype=np.uint8), (8, 4)))
-    assert np.ptp(np.asarray(halved([samples[0].__class__("", (stripes,), "", "", "")])[0].pictures()[0])) == 0
+    assert np.ptp(np.asarray(with_less_detail([Sample("", (stripes,), "", "", "")], 2)[0].pictures()[0])) == 0
 
 
 def test_the_healed_baseline_learns_from_what_it_is_judged_on(talker_directory: Path, tmp_path: Path) -> None:
@@ -116,6 +116,21 @@ def test_the_interval_of_a_mean_covers_it() -> None:
         low, high = average_interval([score(int(rng.binomial(n, p)), n) for p in truth])
         covered += low <= 100 * np.mean(truth) <= high
     assert 0.92 <= covered / 400 <= 0.99
+
+
+def test_a_method_that_is_random_has_another_seed_in_every_job() -> None:
+    protocol, row = Protocol(model="m"), variant(laco.RandomKeep(seed=5))
+    assert row.random
+    assert [Job(variant=row, seed=seed, protocol=protocol).method["seed"] for seed in (0, 2)] == [5, 7]
+    still = Variant(name="mean", method=laco.AveragePool().to_dict(), heal=False)
+    assert not still.random
+    assert Job(variant=still, seed=2, protocol=protocol).method == still.method
+
+
+def test_a_job_read_back_is_equal() -> None:
+    row = Variant(name="tome", method=laco.ToMe(r=(1, 2)).to_dict())
+    job = Job(variant=row, seed=0, protocol=Protocol(model="m"))
+    assert Job.model_validate_json(job.model_dump_json()) == job
 
 
 def test_none_is_not_healed() -> None:

@@ -6,6 +6,7 @@ than one process after the other with all cores. What is finished is kept on dis
 and extended; a variant that fails is reported and stops nothing.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import (
@@ -27,11 +29,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from laco.checkpoint import from_pretrained
@@ -51,6 +54,8 @@ from laco.train.trainer import grouped
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal distribution's is near enough.
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TRAIN_SEED = 1000  # healing pictures: other seeds of the world than those of pretraining
+MANY = 24  # from so many jobs on, bars of finished ones make room
+REFUSED = 2  # exit code of a job whose method cannot stand or run in the model
 
 
 class _Settings(BaseModel):
@@ -64,13 +69,23 @@ class Variant(_Settings):
         name: label, unique in the study.
         method: settings of a method (`Method.to_dict`); None leaves the model uncompressed.
         heal: False evaluates as it is, without training.
-        halve: pictures are shown at half the resolution, enlarged again, in healing and evaluation.
+        down_sample: pictures are shown at 1/down_sample of the resolution, enlarged again, in healing and evaluation.
     """
 
     name: str
     method: dict[str, Any] | None = None
     heal: bool = True
-    halve: bool = False
+    down_sample: PositiveInt = 1
+
+    @field_validator("method")
+    @classmethod
+    def _as_json_has_it(cls, method: dict[str, Any] | None) -> Any:
+        return json.loads(json.dumps(method))  # lists for tuples, so that what was read back is equal
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed gives another result: of healing, or of the method itself."""
+        return self.heal or "seed" in (self.method or {})
 
 
 class Protocol(_Settings):
@@ -84,12 +99,18 @@ class Protocol(_Settings):
     heal_lr: float = 5e-4
     questions: PositiveInt = 8
     distill: NonNegativeFloat = 0.0  # weight of the uncompressed model's logits; 0 = none
+    train_data: str = "world"
+    data: str = "world"
     samples: PositiveInt = 1000
     eval_seed: NonNegativeInt = 0
 
     @property
     def steps(self) -> int:
         return self.adapt_steps + self.heal_steps
+
+    def judged_on(self) -> list[Sample]:
+        """The questions that every variant is asked."""
+        return load_samples(self.data, limit=self.samples, seed=self.eval_seed)
 
 
 class Job(_Settings):
@@ -98,6 +119,12 @@ class Job(_Settings):
     variant: Variant
     seed: NonNegativeInt
     protocol: Protocol
+
+    @property
+    def method(self) -> dict[str, Any] | None:
+        """The variant's method; one that is random itself has another seed in every job."""
+        settings = self.variant.method
+        return settings | {"seed": settings["seed"] + self.seed} if settings and "seed" in settings else settings
 
 
 class Outcome(BaseModel):
@@ -138,11 +165,12 @@ class Summary(BaseModel):
 
 
 class Study(BaseModel):
-    """All outcomes, and by label the last words of the jobs that failed."""
+    """All outcomes, and by label why jobs failed; `refused` are the labels of those that cannot, by what laco says."""
 
     protocol: Protocol
     outcomes: list[Outcome]
     failures: dict[str, str]
+    refused: list[str] = []
 
     def summaries(self) -> list[Summary]:
         names = dict.fromkeys(outcome.job.variant.name for outcome in self.outcomes)
@@ -154,8 +182,8 @@ class Study(BaseModel):
 
 
 NONE = Variant(name="none", heal=False)
-HALVED = Variant(name="down-sampled input", heal=False, halve=True)
-HALVED_HEALED = Variant(name="down-sampled input, healed", halve=True)
+HALVED = Variant(name="down-sampled input", heal=False, down_sample=2)
+HALVED_HEALED = Variant(name="down-sampled input, healed", down_sample=2)
 
 
 def variant(method: Method, name: str | None = None) -> Variant:
@@ -186,7 +214,7 @@ def run_study(
     workers: int | None = None,
     progress: bool = True,
 ) -> Study:
-    """Heals and evaluates every variant with every seed (those that are not healed, once).
+    """Heals and evaluates every variant with every seed (those in which nothing is random, once).
 
     Args:
         variants: rows of the study; the model as it is (`NONE`) is always added, the others' loyalty needs its answers.
@@ -200,20 +228,22 @@ def run_study(
         LacoError: two variants have one name, or the model as it is cannot be evaluated.
     """
     rows = [NONE, *(row for row in variants if row != NONE)]
-    names = [row.name for row in rows]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    folders = [slug(row.name) for row in rows]
+    if twice := [row.name for row in rows if folders.count(slug(row.name)) > 1]:
         raise LacoError(f"two variants are called {twice[0]!r}; give them different names")
     jobs = [
-        Job(variant=row, seed=seed, protocol=protocol) for row in rows for seed in (seeds if row.heal else seeds[:1])
+        Job(variant=row, seed=seed, protocol=protocol) for row in rows for seed in (seeds if row.random else seeds[:1])
     ]
     outcomes: dict[int, Outcome] = {}
     failures: dict[str, str] = {}
-    with Bars(enabled=progress) as bars, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        start = partial(run_job, root=Path(output), bars=bars)
+    refused: list[str] = []
+    stop = Event()
+    with Bars(enabled=progress, jobs=len(jobs)) as bars, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        start = partial(run_job, root=Path(output), bars=bars, stop=stop)
         # The model as it is comes first and alone: everything else is compared with its answers.
         base = start(jobs[0])
-        if isinstance(base, str):
-            raise LacoError(f"the uncompressed model cannot be evaluated: {base}")
+        if isinstance(base, Failure):
+            raise LacoError(f"the uncompressed model cannot be evaluated: {base.reason}")
         outcomes[0] = base
         futures = {pool.submit(start, job): number for number, job in enumerate(jobs[1:], 1)}
         try:
@@ -222,21 +252,36 @@ def run_study(
                 if isinstance(result, Outcome):
                     outcomes[number] = result
                 else:
-                    failures[label(jobs[number])] = result
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C no further process starts
+                    failures[label(jobs[number])] = result.reason
+                    refused += [label(jobs[number])] if result.refused else []
+        except BaseException:  # Ctrl-C: no further process starts, and those that run end
+            stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
-    return Study(protocol=protocol, outcomes=[outcomes[n] for n in sorted(outcomes)], failures=failures)
+    done = [outcomes[number] for number in sorted(outcomes)]
+    return Study(protocol=protocol, outcomes=done, failures=failures, refused=refused)
 
 
 def label(job: Job) -> str:
-    return f"{job.variant.name}, seed {job.seed}" if job.variant.heal else job.variant.name
+    return f"{job.variant.name}, seed {job.seed}" if job.variant.random else job.variant.name
+
+
+def slug(text: str) -> str:
+    """A label as the name of a folder."""
+    return "".join(char if char.isalnum() else "-" for char in text).lower()
+
+
+class Failure(NamedTuple):
+    """Why there is no outcome; `refused` if a `LacoError` said so, else it is a defect."""
+
+    reason: str
+    refused: bool
 
 
 class Bars(Progress):
-    """A bar for each job: steps of healing, live."""
+    """A bar for each job: steps of healing, live; and one for all where there are many."""
 
-    def __init__(self, enabled: bool):
+    def __init__(self, enabled: bool, jobs: int):
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -246,12 +291,18 @@ class Bars(Progress):
             console=Console(stderr=True),
             disable=not enabled,
         )
+        self.whole = self.add_task("all", total=jobs, note="") if jobs >= MANY else None
+
+    def close(self, bar: TaskID, note: str) -> None:
+        """Ends the bar of a job."""
+        self.update(bar, note=note, visible=self.whole is None)
+        if self.whole is not None:
+            self.advance(self.whole)
 
 
-def run_job(job: Job, root: Path, bars: Bars) -> Outcome | str:
-    """Runs a job in a process of its own and waits for it; returns what went wrong if it failed."""
-    slug = "".join(char if char.isalnum() else "-" for char in label(job)).lower()
-    directory = root / slug
+def run_job(job: Job, root: Path, bars: Bars, stop: Event) -> Outcome | Failure:
+    """Runs a job in a process of its own and waits for it, or until `stop` is set."""
+    directory = root / slug(label(job))
     bar = bars.add_task(label(job), total=job.protocol.steps if job.variant.heal else 1, note="")
     if (done := finished(directory, job)) is None:
         prepare(directory, job)
@@ -260,18 +311,21 @@ def run_job(job: Job, root: Path, bars: Bars) -> Outcome | str:
         with (directory / "log.txt").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             try:
-                while process.poll() is None:
+                while process.poll() is None and not stop.is_set():
                     bars.update(bar, completed=steps_done(directory) if job.variant.heal else 0)
                     time.sleep(0.3)
             finally:
                 process.kill()
+                process.wait()
         done = finished(directory, job)
     if done is None:
-        lines = (directory / "log.txt").read_text().strip().splitlines()
-        bars.update(bar, note="[red]failed")
-        return f"{lines[-1] if lines else 'no message'} (exit code {process.returncode}, {directory / 'log.txt'})"
-    total = bars.tasks[bar].total
-    bars.update(bar, completed=total, note=f"{done.report.average:.1f} %")
+        bars.close(bar, "[red]failed")
+        lines = (directory / "log.txt").read_text().strip().splitlines() or ["no message"]
+        if process.returncode == REFUSED:
+            return Failure(lines[-1], refused=True)
+        return Failure(f"{lines[-1]} (exit code {process.returncode}, {directory / 'log.txt'})", refused=False)
+    bars.update(bar, completed=bars.tasks[bar].total)
+    bars.close(bar, f"{done.report.average:.1f} %")
     return done
 
 
@@ -313,11 +367,10 @@ def do_job(directory: Path, reference: Path) -> None:
     if job.variant.heal:
         source = train(recipe_of(job, directory / "model"), progress=False)
     seconds = time.perf_counter() - start
-    method = from_dict(job.variant.method) if job.variant.method and not job.variant.heal else None
+    method = from_dict(job.method) if job.method and not job.variant.heal else None
+    torch.manual_seed(job.seed)
     model, processor = from_pretrained(source, method)
-    samples = load_samples("world", limit=protocol.samples, seed=protocol.eval_seed)
-    if job.variant.halve:
-        samples = halved(samples)
+    samples = with_less_detail(protocol.judged_on(), job.variant.down_sample)
     answers = (
         None if job.variant == NONE else Outcome.model_validate_json((reference / "outcome.json").read_text()).answers
     )
@@ -335,12 +388,12 @@ def recipe_of(job: Job, output: Path) -> Recipe:
     recipe = {
         "output": str(output),
         "model": protocol.model,
-        "compress": [job.variant.method] if job.variant.method else [],
+        "compress": [job.method] if job.method else [],
         "data": {
-            "source": "world",
+            "source": protocol.train_data,
             "seed": TRAIN_SEED + job.seed,
-            "split": "train",
-            "down_sample": 2 if job.variant.halve else 1,
+            "split": "train" if protocol.train_data == "world" else None,
+            "down_sample": job.variant.down_sample,
         },
         "stages": [
             {"name": "adapt", "steps": protocol.adapt_steps, "lr": dict.fromkeys(new, protocol.adapt_lr), **stage},
@@ -356,16 +409,23 @@ def recipe_of(job: Job, output: Path) -> Recipe:
 
 def trained_groups(job: Job) -> set[str]:
     """The groups of parameters that the variant has; a mean, for one, has no compressor to train."""
+    return {group for group, _, _ in grouped(outline(job.protocol.model, job.method))}
+
+
+def outline(source: str, method: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A model without the numbers in it, on the meta device, compressed if a method is given."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(job.protocol.model))
-    if job.variant.method:
-        compress(model, None, from_dict(job.variant.method))
-    return {group for group, _, _ in grouped(model)}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+    if method:
+        compress(model, None, from_dict(method))
+    return model
 
 
-def halved(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with pictures at half resolution; those that share a picture go on sharing it."""
-    pictures = {s.picture_key: tuple(down_sampled(picture, 2) for picture in s.pictures()) for s in samples}
+def with_less_detail(samples: Sequence[Sample], factor: int) -> list[Sample]:
+    """The samples with pictures at 1/factor of the resolution; those that share a picture go on sharing it."""
+    if factor == 1:
+        return list(samples)
+    pictures = {s.picture_key: tuple(down_sampled(picture, factor) for picture in s.pictures()) for s in samples}
     return [replace(sample, images=pictures[sample.picture_key]) for sample in samples]
 
 
@@ -414,4 +474,8 @@ def average_interval(scores: Sequence[FamilyScore]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    do_job(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        do_job(Path(sys.argv[1]), Path(sys.argv[2]))
+    except LacoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)

@@ -65,7 +65,10 @@ def test_rates_and_overrides(tmp_path: Path) -> None:
     assert recipe.stages[1].rates == dict.fromkeys(GROUPS, 1.0)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda p: p.name)
+OURS = [path for path in sorted(Path(__file__).parents[2].glob("recipes/*.yaml")) if path.name != "zoo.yaml"]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: p.name)  # zoo.yaml is a study's
 def test_our_recipes_are_right(path: Path) -> None:
     assert load_recipe(path).stages
     head = path.read_text().split("\n\n")[0]

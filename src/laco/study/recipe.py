@@ -1,0 +1,231 @@
+"""What a study is: a YAML file read into these models. An unknown key is an error naming the nearest known."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from laco.errors import LacoError
+from laco.healing import Protocol
+from laco.methods import Merger, Method, get
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(BaseModel):
+    """A method at all budgets. Every key that is not named here is a setting of the method.
+
+    Args:
+        method: its name, see `laco methods`.
+        name: in tables; by default the method's, with its depth.
+        budgets: how the method comes to a budget. The name of a setting that gets the budget as it is, a fraction
+            (`keep`); `factor`, which gets the window side r whose 1/r^2 comes nearest; or {budget: settings} for what
+            takes more than that. A budget that is left out, or that a factor comes nearer to elsewhere, has no row.
+        as_it_is: whether it is judged without training; by default if it has nothing to train.
+        heal: whether it is judged after healing, too, or at which budgets only.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str
+    name: str | None = None
+    budgets: str | dict[float, dict[str, Any]]
+    as_it_is: bool | None = None
+    heal: bool | list[float] = True
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> "Row":
+        known = [field.name for field in fields(get(self.method))]
+        for key in self.settings:
+            check_key(key, [*known, *Row.model_fields], self.method)
+        if isinstance(self.budgets, str):
+            check_key(self.budgets, known, f"{self.method}, budgets")
+        else:
+            for key in {key for settings in self.budgets.values() for key in settings}:
+                check_key(key, known, f"{self.method}, budgets")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the method that hold at every budget."""
+        return self.model_extra or {}
+
+    @property
+    def label(self) -> str:
+        """The name in tables; that of a merger says where it stands."""
+        if self.name or not issubclass(get(self.method), Merger):
+            return self.name or self.method
+        depth = self.settings.get("depth")
+        places = {None: "", 0.25: "@1/4", 0.5: "@1/2", 1: "@external"}
+        return self.method + places.get(depth, f"@{depth}")
+
+    @property
+    def is_judged_as_it_is(self) -> bool:
+        return not get(self.method).trained if self.as_it_is is None else self.as_it_is
+
+    def at(self, budgets: list[float]) -> dict[float, dict[str, Any]]:
+        """{budget: all settings that the recipe gives} for those budgets that it has a row at."""
+        if isinstance(self.budgets, dict):
+            own = {budget: self.budgets[budget] for budget in budgets if budget in self.budgets}
+        elif self.budgets == "factor":
+            own = {budget: {"factor": factor} for budget, factor in factors(budgets).items()}
+        else:
+            own = {budget: {self.budgets: budget} for budget in budgets}
+        return {budget: {**self.settings, **settings} for budget, settings in own.items()}
+
+    def build(self, settings: dict[str, Any]) -> Method:
+        return get(self.method).from_fields(settings)
+
+
+class Heal(_Strict):
+    """The short training, the same for all; see `laco.healing.Protocol`. `budgets`: where; everywhere if left out."""
+
+    budgets: list[float] | None = None
+    data: str = "world"
+    adapt_steps: PositiveInt = 60
+    heal_steps: PositiveInt = 140
+    batch_size: PositiveInt = 32
+    adapt_lr: PositiveFloat = 2e-3
+    heal_lr: PositiveFloat = 5e-4
+    questions: PositiveInt = 8
+    distill: NonNegativeFloat = 0.0
+
+
+class Judge(_Strict):
+    """The questions that everything is asked."""
+
+    data: str = "world"
+    seed: NonNegativeInt = 0
+    samples: PositiveInt = 1000
+
+
+class Timing(_Strict):
+    """How times are taken: `rounds` of every method in turn, over `batch` pictures with a question each."""
+
+    rounds: PositiveInt = 12
+    batch: PositiveInt = 8
+
+
+class StudyRecipe(_Strict):
+    """A whole study. The baselines (none, random, uniform stride, average pool, down-sampled input) are always there.
+
+    Args:
+        output: directory where it keeps its state and writes its results.
+        model: a directory or a name on the hub.
+        budgets: fractions of the visual tokens.
+        seeds: of everything that is random.
+        heal: None = everything is judged as it is.
+        timing: None = nothing is timed.
+    """
+
+    output: str
+    model: str
+    budgets: list[float] = Field(min_length=1)
+    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=1)
+    heal: Heal | None = None
+    judge: Judge = Judge()
+    timing: Timing | None = Timing()
+    rows: list[Row] = []
+
+    @model_validator(mode="after")
+    def _budgets_are_the_studys(self) -> "StudyRecipe":
+        if wrong := [budget for budget in self.budgets if not 0 < budget < 1]:
+            raise ValueError(f"budgets are fractions of the visual tokens between 0 and 1; got {wrong[0]}")
+        named: list[tuple[str, list[float]]] = [("heal", (self.heal and self.heal.budgets) or [])]
+        for row in self.rows:
+            for settings in row.at(self.budgets).values():
+                row.build(settings)  # a value that the method refuses shows here
+            named.append((row.label, [] if isinstance(row.budgets, str) else list(row.budgets)))
+            named.append((row.label, [] if isinstance(row.heal, bool) else row.heal))
+        for where, budgets in named:
+            if foreign := [budget for budget in budgets if budget not in self.budgets]:
+                raise ValueError(
+                    f"{where} names the budget {foreign[0]}, which is not among the study's {self.budgets}"
+                )
+        return self
+
+    def heals(self, budget: float, row: Row | None = None) -> bool:
+        """Whether a row (None: a baseline) is healed at a budget."""
+        if self.heal is None or budget not in (self.heal.budgets or self.budgets):
+            return False
+        return row is None or (row.heal if isinstance(row.heal, bool) else budget in row.heal)
+
+    @property
+    def protocol(self) -> Protocol:
+        """How all rows are healed and judged."""
+        path = Path(self.model)
+        healing = (self.heal or Heal()).model_dump(exclude={"budgets", "data"})
+        return Protocol(
+            model=str(path.resolve()) if path.is_dir() else self.model,
+            train_data=self.heal.data if self.heal else "world",
+            data=self.judge.data,
+            samples=self.judge.samples,
+            eval_seed=self.judge.seed,
+            **healing,
+        )
+
+
+def factors(budgets: list[float]) -> dict[float, int]:
+    """{budget: window side r > 1} with 1/r^2 nearest to the budget; each r only at the budget it comes nearest to."""
+    nearest = {budget: min(range(2, 33), key=lambda r: abs(r**-2 - budget)) for budget in budgets}
+    return {b: r for b, r in nearest.items() if b == min(budgets, key=lambda other: abs(r**-2 - other))}
+
+
+def check_key(key: str, known: list[str], where: str) -> None:
+    """Raises a `LacoError` that names the nearest known key."""
+    if key not in known:
+        near = get_close_matches(key, known, n=1, cutoff=0.0)
+        raise LacoError(f"{where}: unknown key {key}; the nearest known key is {near[0]}")
+
+
+def load_study(path: str | Path, **overrides: Any) -> StudyRecipe:
+    """Reads and checks a study; `overrides` replace top-level keys (values of None are ignored).
+
+    Raises:
+        LacoError: the file is missing, is no YAML mapping, or a key or value is wrong; the message names the key.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise LacoError(f"there is no study {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise LacoError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise LacoError(f"{path} must hold keys and values, such as model: and rows:")
+    return parse_study({**raw, **{key: value for key, value in overrides.items() if value is not None}}, str(path))
+
+
+def parse_study(raw: dict[str, Any], where: str = "the study") -> StudyRecipe:
+    try:
+        return StudyRecipe.model_validate(raw)
+    except ValidationError as error:
+        raise LacoError(f"{where}: {sentence(error)}") from None
+
+
+def sentence(error: ValidationError) -> str:
+    """The first mistake, in one sentence."""
+    first = error.errors()[0]
+    *parents, key = first["loc"] or ("",)
+    if first["type"] == "extra_forbidden":
+        inner: dict[Any, type[BaseModel]] = {"heal": Heal, "judge": Judge, "timing": Timing}
+        known = list(inner.get(parents[0] if parents else None, StudyRecipe).model_fields)
+        near = get_close_matches(str(key), known, n=1, cutoff=0.0)
+        return f"unknown key {'.'.join(map(str, first['loc']))}; the nearest known key is {near[0]}"
+    message = first["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {message[0].lower()}{message[1:]}" if place else message

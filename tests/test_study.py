@@ -1,0 +1,353 @@
+"""`laco study`: what a recipe means, what follows from answers, and a whole study that is stopped and goes on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import laco
+from laco import cli
+from laco.cost import Ratio
+from laco.data import Sample
+from laco.errors import LacoError
+from laco.evaluate import Report
+from laco.evaluate.report import score
+from laco.grid import Grid
+from laco.healing import HALVED, NONE, Job, Outcome, Protocol, Study, Variant
+from laco.methods import GlimpsePrune, Reducer, Selector, registry
+from laco.methods.base import MergerModule
+from laco.methods.selector import Signals
+from laco.study.measure import Cost, peak_bytes, scoring_ms
+from laco.study.page import as_csv, as_markdown, remarks
+from laco.study.plan import Case, listing, make_plan
+from laco.study.plot import accuracy_against_time, front
+from laco.study.recipe import factors, load_study, parse_study
+from laco.study.results import Line, StudyResults, layer_average, make_lines, verdicts
+from laco.study.run import run
+
+ZOO = Path(__file__).parents[1] / "recipes" / "zoo.yaml"
+BUDGETS = [0.5, 0.25, 0.11, 0.06]
+
+
+def recipe(model: Path | str = "nowhere", **keys: Any) -> dict[str, Any]:
+    return {"output": "out", "model": str(model), "budgets": [0.25], **keys}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"budgetts": [0.5]}, "unknown key budgetts; the nearest known key is budgets"),
+        ({"heal": {"adapt_stepps": 3}}, "unknown key heal.adapt_stepps; the nearest known key is adapt_steps"),
+        ({"rows": [{"method": "tom", "budgets": "keep"}]}, "no method 'tom'; did you mean 'tome'"),
+        ({"rows": [{"method": "laco", "budgets": "factor", "dept": 0.25}]}, "laco: unknown key dept; .* is depth"),
+        ({"rows": [{"method": "laco", "budgets": "factor", "heel": False}]}, "laco: unknown key heel; .* is heal"),
+        ({"rows": [{"method": "tome", "budgets": "keeep"}]}, "tome, budgets: unknown key keeep"),
+        ({"rows": [{"method": "tome", "budgets": {0.25: {"rr": 3}}}]}, "tome, budgets: unknown key rr; .* is r"),
+        ({"rows": [{"method": "tome", "budgets": {0.2: {"r": 3}}}]}, "tome names the budget 0.2, which is not among"),
+        ({"rows": [{"method": "laco", "budgets": "factor", "heal": [0.5]}]}, "laco names the budget 0.5"),
+        ({"rows": [{"method": "div_prune", "budgets": {0.25: {"keep": 0}}}]}, "keep is a count of visual tokens, 1 or"),
+        ({"heal": {"budgets": [0.1]}}, "heal names the budget 0.1"),
+        ({"budgets": [0.0]}, "between 0 and 1; got 0"),
+        ({"rows": [{"budgets": "keep"}]}, "rows.0.method: field required"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_sentence(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(LacoError, match=message) as error:
+        parse_study({**recipe(), **keys})
+    assert "\n" not in str(error.value)
+
+
+def test_each_window_side_stands_at_the_budget_that_it_comes_nearest_to() -> None:
+    assert factors(BUDGETS) == {0.25: 2, 0.11: 3, 0.06: 4}
+    assert factors([0.5]) == {0.5: 2}
+    assert factors([0.3, 0.2]) == {0.3: 2}  # 1/4 is as near to both; the first has it
+
+
+def test_how_rows_come_to_their_budgets() -> None:
+    rows = [
+        {"method": "laco", "depth": 0.25, "budgets": "factor"},
+        {"method": "div_prune", "budgets": "keep"},
+        {"method": "evit", "fuse": False, "budgets": {0.5: {"keep": 0.8}}},
+    ]
+    windows, keep, own = parse_study({**recipe(), "budgets": BUDGETS, "rows": rows}).rows
+    assert windows.label == "laco@1/4"
+    assert windows.at(BUDGETS)[0.11] == {"depth": 0.25, "factor": 3}
+    assert 0.5 not in windows.at(BUDGETS)
+    assert keep.at(BUDGETS) == {budget: {"keep": budget} for budget in BUDGETS}
+    assert own.at(BUDGETS) == {0.5: {"fuse": False, "keep": 0.8}}
+
+
+def test_the_zoo_has_every_method_at_its_budgets() -> None:
+    zoo = load_study(ZOO)
+    always = {"random_tokens", "uniform_stride"}
+    assert {row.method for row in zoo.rows} | always == set(registry())
+    for row in zoo.rows:
+        for budget, settings in row.at(zoo.budgets).items():
+            method, wanted = row.build(settings), budget * 144
+            if isinstance(method, Reducer) and method.name not in ("ipcv", "spvit"):
+                assert abs(method.num_tokens(144, 12) - wanted) < 1, method
+            if isinstance(method, Selector) and method.static_count:
+                assert abs(method.budget(144) - wanted) <= 1, method
+            if isinstance(method, laco.DecoderMethod) and budget == 0.5 and method.depths_used[0] < 0.5:
+                average = layer_average(method, 144, 3)
+                assert average is None or abs(average - wanted) <= 2, method
+
+
+def test_the_plan_has_all_baselines_both_states_and_reasons(talker_directory: Path) -> None:
+    rows = [
+        {"method": "average_pool", "depth": 0.25, "budgets": "factor"},
+        {"method": "laco", "budgets": "factor"},
+        {"method": "random_keep", "depth": 1.0, "budgets": "factor", "heal": False},
+        {"method": "laco", "name": "too deep", "layer": 99, "budgets": "factor"},
+    ]
+    plan = make_plan(parse_study(recipe(talker_directory, heal={}, rows=rows)))
+    names = [case.variant.name for case in plan.cases]
+    assert len(set(names)) == len(names)
+    assert {"none", "none, healed", "down-sampled input 25 %", "average pool 25 %, healed"} <= set(names)
+    assert {"random 25 %", "uniform stride 25 %"} <= {*names, *(f"{name} 25 %" for name in plan.refused)}
+    states = {
+        row: [case.variant.heal for case in plan.cases if case.row == row]
+        for row in ("average_pool@1/4", "laco", "random_keep@external")
+    }
+    assert states == {"average_pool@1/4": [False, True], "laco": [True], "random_keep@external": [False]}
+    assert [c.variant.down_sample for c in plan.cases if c.row == "down-sampled input"] == [2, 2]
+    assert "layer 99 is past the end" in plan.refused["too deep"]
+    listed = {entry["row"]: entry for entry in listing(parse_study(recipe(talker_directory, heal={}, rows=rows)))}
+    assert (listed["random_keep@external"]["as_it_is"], listed["random_keep@external"]["healed"]) == (3, 0)
+    assert (listed["laco"]["as_it_is"], listed["laco"]["healed"]) == (0, 3)
+    assert listed["laco"]["settings"] == "method: laco, factor: 2"
+    with pytest.raises(LacoError, match="the study has no row 'lace'"):
+        listing(parse_study(recipe(talker_directory, rows=rows)), only=["lace"])
+
+
+def test_layers_of_the_language_model_are_averaged() -> None:
+    assert layer_average(laco.FastV(keep=36), 144, 3) == (144 + 36 + 36) / 3
+    assert layer_average(laco.PyramidDrop(keep=[0.5, 0.25], depths=[0.34, 0.67]), 100, 3) == (100 + 50 + 25) / 3
+    assert layer_average(GlimpsePrune(depth=0.34), 144, 3) is None
+
+
+# What follows from answers.
+
+SAMPLES = [Sample("", (), "q", str(truth), "count") for truth in range(10)]
+
+
+def outcome(variant: Variant, right: str, seed: int = 0) -> Outcome:
+    """An outcome with so many right answers: "1" = right, "0" = wrong, question by question."""
+    answers = [sample.answer if hit == "1" else "no" for sample, hit in zip(SAMPLES, right, strict=True)]
+    found = score([hit == "1" for hit in right])
+    report = Report(
+        average=found.accuracy, families={"count": found}, loyalty=50.0, visual_tokens=144, versions={}, seed=0,
+        command="", data="", split=None, samples=10, case_sensitive={}, character_error_rate={}, answers=answers,
+    )  # fmt: skip
+    job = Job(variant=variant, seed=seed, protocol=Protocol(model="m"))
+    return Outcome(job=job, report=report, answers=answers, seconds=1.0)
+
+
+def lines_of(*found: tuple[str, str, str]) -> list[Line]:
+    """Lines from (row, place, right answers), beside none and the down-sampled input."""
+    rights = [("none", "baseline", "1111111111"), ("down-sampled input", "baseline", "1111100000"), *found]
+    variants = [NONE, HALVED, *(Variant(name=name, heal=False) for name, _, _ in found)]
+    cases = [
+        Case(name, place, None if name == "none" else 0.25, variant)  # type: ignore[arg-type]
+        for (name, place, _), variant in zip(rights, variants, strict=True)
+    ]
+    outcomes = [outcome(variant, right) for variant, (_, _, right) in zip(variants, rights, strict=True)]
+    return make_lines(cases, Study(protocol=Protocol(model="m"), outcomes=outcomes, failures={}), SAMPLES, None, 3)
+
+
+def test_hard_questions_are_those_that_the_down_sampled_input_gets_wrong() -> None:
+    lines = {line.row: line for line in lines_of(("dart", "language_model", "1100000111"))}
+    assert [lines[name].hard.accuracy for name in ("none", "down-sampled input", "dart")] == [100, 0, 60]
+    assert [lines[name].easy.accuracy for name in ("none", "down-sampled input", "dart")] == [100, 100, 40]
+    assert (lines["dart"].hard.n, lines["dart"].easy.n) == (5, 5)
+
+
+def test_what_a_baseline_beats_is_said() -> None:
+    lines = lines_of(
+        ("random", "baseline", "1111111110"),
+        ("dart", "language_model", "1111111111"),
+        ("scope", "external", "1111000000"),
+        ("evs", "external", "0000000000"),
+    )
+    first, second = verdicts(lines)
+    assert first == "25 %, as it is: random (90.0) beats 2 of 3: evs (0.0); scope (40.0, within the intervals)."
+    assert second.startswith("25 %, as it is: down-sampled input (50.0) beats 2 of 3: evs (0.0, within the intervals)")
+    assert verdicts([line for line in lines if line.row in ("none", "dart", "random")]) == [
+        "25 %, as it is: no method is below random (90.0)."
+    ]
+
+
+def results_of(lines: list[Line]) -> StudyResults:
+    machine = {"processor": "a", "cores": 2, "torch": "1", "transformers": "2", "laco": "3"}
+    return StudyResults(
+        command="laco study x.yaml", recipe=parse_study(recipe()).model_dump(), lines=lines, verdicts=verdicts(lines),
+        refused={"tome": "no keys"}, failures={}, untimed={}, machine=machine, versions={},
+    )  # fmt: skip
+
+
+def test_page_table_and_csv_show_every_line() -> None:
+    lines = lines_of(("random", "baseline", "1110000000"), ("dart", "language_model", "0000000000"))
+    results = results_of(lines)
+    page, rows = as_markdown(results, None), list(csv.DictReader(as_csv(results).splitlines()))
+    assert [row["row"] for row in rows] == ["none", "down-sampled input", "random", "dart"]
+    assert rows[3]["hard"] == "0.0"
+    assert "| random | 144 | 30.0 ±" in page
+    assert "## 25 %, as it is" in page
+    assert "- tome: no keys" in page
+    assert "| dart | 0 (0 – 28) |" in page
+    assert "tome cannot: no keys" in list(remarks(results))
+
+
+def test_the_plot_names_what_nothing_beats() -> None:
+    ratio = Ratio(value=1, low=1, high=1)
+    found = lines_of(("dart", "language_model", "1111110000"), ("scope", "external", "1110000000"))
+    lines = [
+        line.model_copy(update={"cost": Cost(encoder_ms=ms, prefill_ms=0, scoring_ms=0, speedup=ratio, memory_mb=1)})
+        for line, ms in zip(found, (4, 3, 1, 2), strict=True)
+    ]
+    assert [line.row for line in front(lines)] == ["none", "dart"]
+    (axes,) = accuracy_against_time(lines).axes
+    assert {text.get_text() for text in axes.texts} == {"none", "dart 25 %"}
+    assert axes.collections[0].get_offsets().tolist() == [[1, 60]]
+
+
+# What is measured.
+
+
+def test_bytes_are_counted_while_they_are_alive() -> None:
+    def work() -> None:
+        first = torch.ones(1000)
+        second = first.view(10, 100) * 2  # beside it
+        del first
+        (second + 1).add_(1)  # in place of nothing new
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert peak_bytes(work) == 8000
+
+
+def test_only_the_methods_own_steps_are_scoring() -> None:
+    class Slow(MergerModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return x
+
+    method = laco.DivPrune(keep=2)
+    own_before = dict(vars(laco.DivPrune))
+
+    def choose() -> None:
+        time.sleep(0.05)
+        method(Signals(grid=Grid(1, 2, 2), tokens=torch.randn(4, 8)))
+
+    alone = scoring_ms(nn.Identity(), None, choose)
+    chosen = scoring_ms(nn.Identity(), method, choose)
+    merged = scoring_ms(model := nn.Sequential(Slow(), nn.Identity()), None, lambda: model(torch.ones(1)))
+    assert alone == 0
+    assert 0 < chosen < 50
+    assert merged >= 50
+    assert dict(vars(laco.DivPrune)) == own_before
+    assert not model[0]._forward_hooks
+
+
+# A whole study.
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def studied(talker_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, StudyResults, int]:
+    """A study that was interrupted when the model as it is had been judged, and then went on."""
+    folder = tmp_path_factory.mktemp("study")
+    file, output = folder / "study.yaml", folder / "out"
+    rows = [
+        {"method": "average_pool", "depth": 0.25, "budgets": "factor"},
+        {"method": "laco", "name": "too deep", "layer": 99, "budgets": "factor"},
+    ]
+    timing = {"rounds": 2, "batch": 2}
+    whole = recipe(talker_directory, rows=rows, judge={"samples": 14}, seeds=[0], timing=timing)
+    file.write_text(yaml.safe_dump({**whole, "output": str(output)}))
+    command = [sys.executable, "-c", "from laco.cli import main; main()", "study", str(file), "--jobs", "1"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    wait_for(output / "jobs" / "none" / "outcome.json", process)
+    process.send_signal(signal.SIGINT)  # to the study alone: it ends what it has started
+    _, err = process.communicate(timeout=60)
+    assert "laco: stopped; the same command goes on from here" in err
+    assert process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    first = (output / "jobs" / "none" / "outcome.json").stat().st_mtime_ns
+    return file, output, run(load_study(file), jobs=2, progress=False), first
+
+
+def test_a_study_goes_on_where_it_was_stopped(studied: tuple[Path, Path, StudyResults, int]) -> None:
+    _, output, results, first = studied
+    assert (output / "jobs" / "none" / "outcome.json").stat().st_mtime_ns == first
+    lines = {line.row: line for line in results.lines}
+    wanted = {"none", "down-sampled input", "average pool", "average_pool@1/4"}
+    assert wanted <= set(lines)
+    assert not results.failures
+    assert (lines["none"].visual_tokens, lines["average_pool@1/4"].visual_tokens) == (36, 9)
+    assert lines["none"].loyalty == 100
+    assert "layer 99 is past the end" in results.refused["too deep"]
+    for name in wanted:
+        assert lines[name].cost.answer_ms > 0
+    assert lines["average_pool@1/4"].cost.memory_mb < lines["none"].cost.memory_mb
+    assert lines["none"].cost.scoring_ms == 0 < lines["average_pool@1/4"].cost.scoring_ms
+
+
+def test_the_command_takes_what_is_there_and_writes_all_files(
+    studied: tuple[Path, Path, StudyResults, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file, output, before, _ = studied
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("jobs/*/outcome.json")}
+    times = (output / "times.json").read_text()
+
+    def command(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["laco", "study", str(file), "--jobs", "1", *options])
+        monkeypatch.setattr(cli, "out", cli.Console(width=200))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (None, 0)
+        return capsys.readouterr().out
+
+    page = output.parent / "zoo.md"
+    said = json.loads(command("--json", "--page", str(page)))
+    assert said["lines"] == before.model_dump(mode="json")["lines"]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert (output / "times.json").read_text() == times
+    assert StudyResults.model_validate_json((output / "results.json").read_text()).lines == before.lines
+    assert (output / "results.csv").read_text().count("\n") == len(before.lines) + 1
+    assert "![Accuracy against measured time](zoo.png)" in page.read_text()
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    shown = command("--timing")
+    assert "average_pool@1/4" in shown
+    assert "too deep cannot: " in shown
+    assert f"wrote {output / 'results.json'}" in shown
+    assert (output / "times.json").read_text() != times
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    listed = json.loads(command("--list", "--json"))
+    assert [entry["row"] for entry in listed if entry["cannot"]][-1] == "too deep"
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(LacoError, match="there is no model"):
+        make_plan(parse_study(recipe(tmp_path / "nothing")))
