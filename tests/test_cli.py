@@ -56,7 +56,7 @@ def picture(tmp_path):
 def test_every_command_has_help_with_an_example(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "ask", "compress", "train", "eval", "methods", "families"):
+    for command in ("demo", "ask", "compress", "train", "eval", "study", "methods", "families"):
         assert command in out
         code, help_text, _ = run(command, "--help")
         assert code == 0

@@ -15,20 +15,21 @@ from laco.evaluate.generation import count_visual_tokens, encode, evaluating, gr
 from laco.evaluate.report import is_compressed
 from laco.families import family_of
 from laco.families.compat import given_features
+from laco.families.reduction.prompt import knowing
 
 
 class Asked(BaseModel):
     """An answer and what it took. Times in milliseconds, measured once after a warm-up.
 
-    `visual_tokens` is what the language model reads, `visual_tokens_before` what it would read without
-    compression. `encoder_ms` is vision encoder and projector, `prefill_ms` the language model up to the first
-    new token, `decode_ms` the mean for each further one (None if there is none). Opening and resizing
-    pictures and splitting text into tokens is in none of them.
+    `visual_tokens` is what the language model reads (mean over its layers, where tokens leave between them),
+    `visual_tokens_before` what it would read without compression. `encoder_ms` is vision encoder and projector,
+    `prefill_ms` the language model up to the first new token, `decode_ms` the mean for each further one (None if
+    there is none). Opening and resizing pictures and splitting text into tokens is in none of them.
     """
 
     answer: str
-    visual_tokens_before: int
-    visual_tokens: int
+    visual_tokens_before: float
+    visual_tokens: float
     prompt_tokens: int
     new_tokens: int
     encoder_ms: float
@@ -66,19 +67,21 @@ def ask(
     seen, others = split_inputs(model, inputs)
     with evaluating(model):
         for length in (2, max_new_tokens):
-            features, encoder_ms = timed(lambda: model.get_image_features(**seen, return_dict=True))
+            with knowing(model, inputs):
+                features, encoder_ms = timed(lambda: model.get_image_features(**seen, return_dict=True))
             watch = Stopwatch()
             with given_features(model, seen, others, features) as given:
-                output = model.generate(**given, streamer=watch, **greedy(processor, model, length))
+                settings = greedy(processor, model, length)
+                output = model.generate(**given, streamer=watch, return_dict_in_generate=True, **settings)
     asked, first, *further = watch.times
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
     before = inputs
     if is_compressed(model):
         before = encode(uncompressed_processor(model, processor), [question], [pictures])
     return Asked(
         answer=processor.decode(new, skip_special_tokens=True).strip(),
         visual_tokens_before=count_visual_tokens(model, before)[0],
-        visual_tokens=count_visual_tokens(model, inputs)[0],
+        visual_tokens=count_visual_tokens(model, inputs, output.past_key_values)[0],
         prompt_tokens=inputs["input_ids"].shape[1],
         new_tokens=len(new),
         encoder_ms=encoder_ms,

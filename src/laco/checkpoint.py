@@ -18,10 +18,11 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from laco._version import __version__
 from laco.errors import LacoError
-from laco.families import FAMILIES, Family, Step, family_of
+from laco.families import FAMILIES, Family, family_of
+from laco.families.steps import Compression
 from laco.files import atomic_directory
-from laco.methods import Method
-from laco.surgery import compress, set_steps
+from laco.methods import Merger, Method
+from laco.surgery import compress, set_compression
 
 CONFIG = "compressor_config.json"
 WEIGHTS = "compressor.safetensors"
@@ -109,8 +110,8 @@ def save_compressor(model: PreTrainedModel, directory: str | Path) -> None:
     The rest of the model is not saved, trained or not; it is to come from the base model when loading.
     """
     family = family_of(model)
-    steps = family.steps(model.config)
-    if not steps:
+    compression = family.compression(model.config)
+    if not compression.methods:
         raise LacoError("the model is not compressed, so there is no compressor to save")
     tensors = {
         f"{place}.{key}": tensor.detach().contiguous()
@@ -123,12 +124,12 @@ def save_compressor(model: PreTrainedModel, directory: str | Path) -> None:
         "laco_version": __version__,
         "base_model": model.name_or_path or None,
         "base": base_of(family, model),
-        "compression": [step.to_dict() for step in steps],
+        **compression.to_dict(),
     }
     with atomic_directory(directory) as beside:
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt", "laco_version": __version__})
-        (beside / "README.md").write_text(model_card(config, steps))
+        (beside / "README.md").write_text(model_card(config, compression))
 
 
 def load_compressor(
@@ -147,9 +148,9 @@ def load_compressor(
     """
     family, directory = family_of(model), Path(directory)
     try:
-        config = json.loads((directory / CONFIG).read_text())
+        config = dict(json.loads((directory / CONFIG).read_text()))
         tensors = load_file(directory / WEIGHTS)
-        steps = [Step.from_dict(data) for data in config["compression"]]
+        compression = Compression.from_dict(config)
         base = dict(config["base"])
     except LacoError:
         raise
@@ -160,23 +161,22 @@ def load_compressor(
             raise LacoError(
                 f"the compressor was made for another model: its {name} is {base.get(name)}, here it is {found}"
             )
-    present = family.steps(model.config)
-    if present and present != steps:
+    present = family.compression(model.config)
+    if present.methods and present != compression:
         raise LacoError("the model is already compressed in another way; load the compressor into the base model")
 
-    widths = family.widths(model.config)
     with torch.device("meta"):
         wanted = {
             f"{place}.{key}": tuple(tensor.shape)
-            for place, compressor in built(steps, *widths).items()
+            for place, compressor in built(compression, family, model.config).items()
             for key, tensor in compressor.state_dict().items()
         }
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     shapes = {key: (found[key], wanted[key]) for key in found.keys() & wanted if found[key] != wanted[key]}
     refuse_difference(str(directory), wanted.keys() - found, found.keys() - wanted, shapes)
 
-    if not present:
-        set_steps(model, processor, steps)
+    if not present.methods:
+        set_compression(model, processor, compression)
     elif processor is not None:
         family.check_processor(processor, model.config)
     for place, compressor in family.compressors(model).items():
@@ -185,14 +185,20 @@ def load_compressor(
     return model, processor
 
 
-def built(steps: list[Step], width: int, text_width: int) -> dict[str, nn.Module]:
-    """New modules of these steps, by the names of `Family.compressors`."""
-    return {
+def built(compression: Compression, family: Family, config: Any) -> dict[str, nn.Module]:
+    """New modules of a compression, by the names of `Family.compressors`."""
+    width, text_width = family.widths(config)
+    found: dict[str, nn.Module] = {
         "projector" if step.place == "projector" else f"layers.{step.layer}": (
             step.merger.build_projector(width, text_width) if step.place == "projector" else step.merger.build(width)
         )
-        for step in steps
+        for step in compression.steps
     }
+    if (reducer := compression.reducer) is not None:
+        layers = family.encoder_kind(config).num_layers(family.vision_config(config))
+        modules = {index: reducer.build(width) for index in reducer.layers(layers, max(family.read_layers(config)))}
+        found |= {f"layers.{index}": module for index, module in modules.items() if module is not None}
+    return found
 
 
 def base_of(family: Family, model: PreTrainedModel) -> dict[str, Any]:
@@ -226,14 +232,17 @@ def listed(keys: Any, most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def model_card(config: dict[str, Any], steps: list[Step]) -> str:
+def model_card(config: dict[str, Any], compression: Compression) -> str:
     """README.md of a saved compressor."""
     base, layers = config["base_model"] or "BASE_MODEL", config["base"]["layers"]
     pixels = config["base"].get("image_size", "any number of")
     rows = [
-        f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |" for step in steps
+        f"| {step.merger.title} | {step.place} | {step.layer} of {layers} | {step.merger.factor} |"
+        for step in compression.steps
     ]
-    sources = "\n".join(f"- {step.merger.title}: {step.merger.paper}" for step in steps)
+    others = [method for method in compression.methods if not isinstance(method, Merger)]
+    rows += [f"| {method.title} | {' or '.join(sorted(method.places))} | | |" for method in others]
+    sources = "\n".join(f"- {method.title}: {method.paper}" for method in compression.methods)
     return f"""---
 library_name: laco
 base_model: {base}

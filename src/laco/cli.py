@@ -83,9 +83,9 @@ def ask(
         return
     out.print(asked.answer, style="bold", markup=False)
     table = Table("visual tokens", "encoder", "prefill", "decode", box=None, header_style="dim")
-    tokens = str(asked.visual_tokens)
+    tokens = f"{asked.visual_tokens:g}"
     if asked.visual_tokens != asked.visual_tokens_before:
-        tokens = f"{asked.visual_tokens_before} → {asked.visual_tokens}"
+        tokens = f"{asked.visual_tokens_before:g} → {asked.visual_tokens:g}"
     decode = "no further token" if asked.decode_ms is None else f"{asked.decode_ms:.1f} ms a token"
     table.add_row(tokens, f"{asked.encoder_ms:.1f} ms", f"{asked.prefill_ms:.1f} ms", decode)
     out.print(table)
@@ -134,7 +134,8 @@ def compress(
         return
     tokens = ""
     if tokens_before is not None:
-        tokens = f" {tokens_before} → {result['visual_tokens']} visual tokens for a picture (or tile),"
+        left = "fewer" if result["visual_tokens"] is None else f"{result['visual_tokens']:g}"
+        tokens = f" {tokens_before:g} → {left} visual tokens for a picture (or tile),"
     out.print(f"{made.title}:{tokens} {result['parameters_added']:+,} parameters")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
@@ -209,12 +210,57 @@ def evaluate(
         out.print(f"wrote {report.save(json_file)}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: laco study recipes/zoo.yaml --jobs 2 --page docs/zoo.md")
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/zoo.yaml.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Instead of the recipe's output.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes at a time, one thread each; one a core.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row and the baselines.")] = None,
+    timing: Annotated[bool, typer.Option("--timing", help="Measure times again; nothing else should run.")] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the Markdown page goes.")] = None,
+    show_plan: Annotated[bool, typer.Option("--list", help="Show what would run, and run nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge every method of a recipe on one model, at several budgets; goes on where it was stopped."""
+    from laco.study.recipe import load_study
+
+    read = load_study(recipe, output=None if output is None else str(output))
+    check_model(read.model)
+    quiet()
+    from laco.study import page as pages
+    from laco.study import plan, run, write
+
+    if show_plan:
+        listed = plan.listing(read, only or [])
+        if as_json:
+            print_json(listed)
+        else:
+            out.print(pages.plan_table(listed))
+        return
+    try:
+        results = run(read, jobs=jobs, retime=timing, only=only or [], progress=not as_json)
+    except KeyboardInterrupt:
+        print("laco: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    written = write(results, read.output, page)
+    if as_json:
+        print_json(results.model_dump(mode="json"))
+    else:
+        out.print(pages.table(results))
+        for text in pages.remarks(results):
+            out.print(text, highlight=False, markup=False)
+        for path in written:
+            out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if results.failures:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: laco methods --json")
 def methods(as_json: AsJson = False) -> None:
     """List the compression methods."""
     from laco.methods import catalogue
 
-    print_catalogue(catalogue(), as_json, ("name", "places", "needs", "trained", "static_count", "in_models", "arxiv"))
+    print_catalogue(catalogue(), as_json, ("name", "places", "needs", "trained", "static_count", "arxiv"))
 
 
 @app.command(epilog="Example: laco families --json")
@@ -249,8 +295,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def visual_tokens(model: Any) -> int | None:
-    """Visual tokens for one picture or tile; None where they depend on its size."""
+def visual_tokens(model: Any) -> float | None:
+    """Visual tokens for one picture or tile; None where they depend on it."""
     from laco.families import family_of
 
     family, config = family_of(model), model.config
@@ -258,7 +304,7 @@ def visual_tokens(model: Any) -> int | None:
         grid = family.grid(config)
     except LacoError:
         return None
-    return family.visual_tokens(config, grid)
+    return family.tokens_read(config, grid)
 
 
 def parse_depth(text: str | None) -> float | None:

@@ -8,6 +8,7 @@ were.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,9 @@ from laco.errors import LacoError
 from laco.families import Family, Step, family_of
 from laco.families.connector import Connector
 from laco.families.encoders import CompressedVisionModel
-from laco.methods import Merger, Method
+from laco.families.encoders.base import NOT_BOTH
+from laco.families.steps import Compression
+from laco.methods import DecoderMethod, Merger, Method, Reducer, Selector
 
 
 def compress(
@@ -34,8 +37,9 @@ def compress(
             vision encoder alone.
         processor: that of the model; from then on it counts the placeholder tokens that remain. The image
             processor of a vision encoder alone. None if there is none.
-        method: a merger. After the last layer that the language model reads, it stands in the place of the
-            projector if it `is_projector`.
+        method: what `laco methods` lists. A merger, after the last layer that the language model reads, stands in the
+            place of the projector if it `is_projector`. One of each other kind may stand in a model: inside the layers
+            of the encoder, behind it, inside the language model.
 
     Returns:
         The same two objects.
@@ -43,16 +47,19 @@ def compress(
     Raises:
         LacoError: unknown family or encoder, a processor that does not match, a layer past the end, a place
             that is taken or behind a layer that the language model reads, a factor that does not fit the
-            grid, an encoder that was quantised, wrapped by adapters or spread over devices. Nothing has
-            changed then.
+            grid, a method that cannot run in this family, an encoder that was quantised, wrapped by adapters or
+            spread over devices. Nothing has changed then.
     """
     family = family_of(model)
     with naming(family):
-        step = place(method, family, model.config)
         steps = family.steps(model.config)
+        if isinstance(method, Reducer | Selector | DecoderMethod):
+            set_compression(model, processor, with_method(method, family, model.config))
+            return model, processor
+        step = place(method, family, model.config)
         if taken := [other for other in steps if other.layer == step.layer]:
             raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
-        set_steps(model, processor, [*steps, step])
+        set_compression(model, processor, replace(family.compression(model.config), steps=[*steps, step]))
     return model, processor
 
 
@@ -67,9 +74,9 @@ def decompress(
     """
     family = family_of(model)
     with naming(family):
-        if not family.steps(model.config):
+        if not family.methods(model.config):
             raise LacoError("the model is not compressed")
-        set_steps(model, processor, [])
+        set_compression(model, processor, Compression())
     return model, processor
 
 
@@ -86,13 +93,8 @@ def naming(family: Family) -> Iterator[None]:
 
 def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     """Where a method stands in a model of this configuration; `LacoError` if it cannot."""
-    if isinstance(method, Method) and not isinstance(method, Merger):
-        raise LacoError(
-            f"{method.name} is no merger, and laco puts only mergers into models so far; {type(method).__name__} can be"
-            " called on tensors"
-        )
     if not isinstance(method, Merger):
-        raise LacoError(f"a vision encoder is compressed by a merger such as laco.LaCo(); got {method!r}")
+        raise LacoError(f"a model is compressed by a method such as laco.LaCo(), see laco.methods(); got {method!r}")
     layers = family.encoder_kind(config).num_layers(family.vision_config(config))
     last = max(family.read_layers(config))
     layer = method.layer_in(layers, last)
@@ -103,32 +105,56 @@ def place(method: Method, family: Family, config: PreTrainedConfig) -> Step:
     return Step.at(method, layer, "projector" if as_projector else "encoder")
 
 
-def set_steps(model: PreTrainedModel, processor: ProcessorMixin | None, steps: Sequence[Step]) -> None:
-    """Makes a model have exactly these compressors, in place; those that it has already keep their
-    parameters.
-    """
+def with_method(method: Reducer | Selector | DecoderMethod, family: Family, config: PreTrainedConfig) -> Compression:
+    """The compression of a configuration with one more method that is no merger."""
+    present = family.compression(config)
+    kind: type[Method] = next(kind for kind in (Reducer, Selector, DecoderMethod) if isinstance(method, kind))
+    if taken := [other for other in present.methods if isinstance(other, kind)]:
+        raise LacoError(f"the model already has {taken[0].name} at that place")
+    if reason := family.why_not(config, method):
+        raise LacoError(f"{method.name} cannot run here: {reason}")
+    if isinstance(method, Reducer):
+        if any(isinstance(other, Selector) for other in present.reductions):
+            raise LacoError(f"{method.name} inside the encoder and a selector behind it do not work together yet")
+        return replace(present, reducer=method)
+    if isinstance(method, Selector) and present.reducer is not None:
+        raise LacoError(f"{present.reducer.name} inside the encoder and a selector behind it do not work together yet")
+    return replace(present, reductions=[*present.reductions, method])
+
+
+def set_compression(model: PreTrainedModel, processor: ProcessorMixin | None, compression: Compression) -> None:
+    """Makes a model have exactly this compression, in place; what it has of it already keeps its parameters."""
     family, config = family_of(model), model.config
-    steps = sorted(steps, key=lambda step: step.layer)
+    steps = sorted(compression.steps, key=lambda step: step.layer)
+    compression = replace(compression, steps=steps)
+    if steps and compression.reducer is not None:
+        raise LacoError(NOT_BOTH)
     if processor is not None:
         family.check_processor(processor, config)
     replaced = new_projector(model, family, steps) if family.connects else None
     family.check_steps(config, steps, replaced[1] if replaced else None)
-    encoder = new_encoder(family.encoder(model), family, config, steps)
+    encoder = family.encoder(model)
+    present = family.compression(config)
+    if (steps, compression.reducer) != (present.steps, present.reducer):
+        encoder = new_encoder(encoder, family, config, compression)
 
     family.set_encoder(model, encoder)
     if replaced:
         family.set_projector(model, *replaced)
-    family.set_classes(model, steps)
+    family.set_classes(model, compression)
     if processor is not None:
         family.set_processor(processor, model.config)
 
 
-def new_encoder(old: Any, family: Family, config: PreTrainedConfig, steps: Sequence[Step]) -> Any:
-    """An encoder with these mergers, around the parameters and buffers of the old one."""
-    kind = family.encoder_kind(config)
-    settings = kind.with_steps(old.config, steps)
+def new_encoder(old: Any, family: Family, config: PreTrainedConfig, compression: Compression) -> Any:
+    """An encoder with these mergers, or this reducer, around the parameters and buffers of the old one."""
+    kind, steps, reducer = family.encoder_kind(config), compression.steps, compression.reducer
+    settings = kind.with_steps(old.config, steps) if reducer is None else old.config
+    if reducer is not None:
+        last = max(family.read_layers(config))
+        settings = kind.with_reducer(old.config, reducer, last, family.unmerges(config))
     with torch.device("meta"):
-        new: Any = (kind.compressed if steps else kind.stock)(settings)
+        new: Any = (kind.compressed if steps or reducer else kind.stock)(settings)
 
     move_tensors(old, new)
     present = old.compressors() if isinstance(old, CompressedVisionModel) else {}
@@ -136,6 +162,9 @@ def new_encoder(old: Any, family: Family, config: PreTrainedConfig, steps: Seque
         if step.place == "encoder" and step.layer not in present:
             merging = kind.layers(new)[step.layer - 1]
             merging.compressor = fresh(partial(step.merger.build, kind.width(settings)), like=old)
+    if reducer is not None:
+        for index in new.compressors().keys() - present.keys():
+            kind.layers(new)[index].compressor = fresh(partial(reducer.build, kind.width(settings)), like=old)
     return new
 
 

@@ -15,19 +15,21 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from laco.data import Sample
 from laco.errors import LacoError
+from laco.families import FAMILIES
 from laco.families.compat import TAKES_FEATURES
+from laco.families.reduction import kept_columns
 
 
 class Answers(NamedTuple):
     """What a model said to each sample, and how many visual tokens its language model read for it."""
 
     texts: list[str]
-    visual_tokens: list[int]
+    visual_tokens: list[float]
 
 
 def prompt(processor: Any, question: str, pictures: int = 1) -> str:
@@ -81,11 +83,14 @@ def encode_once(model: Any, inputs: BatchFeature, pictures: Sequence[Sequence[Im
 
     Returns:
         Arguments for `generate`: the inputs as they are where a question has not exactly one picture, or
-        where rows of the pixels are not pictures (families that pack patches), or where transformers is too old.
+        where rows of the pixels are not pictures (families that pack patches), or where transformers is too old, or
+        where what is left of a picture depends on the question.
     """
     seen, others = split_inputs(model, inputs)
     one_each = all(len(shown) == 1 for shown in pictures)
-    if not TAKES_FEATURES or not one_each or any(len(value) != len(pictures) for value in seen.values()):
+    family = next((family for family in FAMILIES if family.owns(model)), None)
+    by_question = family is not None and family.reads_question(model.config)
+    if by_question or not TAKES_FEATURES or not one_each or any(len(value) != len(pictures) for value in seen.values()):
         return dict(inputs)
     names = [id(picture) for (picture,) in pictures]
     different = list(dict.fromkeys(names))
@@ -109,9 +114,21 @@ def greedy(processor: Any, model: Any, max_new_tokens: int) -> dict[str, Any]:
     }
 
 
-def count_visual_tokens(model: Any, inputs: BatchFeature) -> list[int]:
-    """Visual tokens that each sequence of the batch gives to the language model: its placeholder tokens."""
-    return (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+def count_visual_tokens(model: Any, inputs: BatchFeature, past: Cache | None = None) -> list[float]:
+    """Visual tokens that the language model reads of each sequence of the batch, mean over its layers.
+
+    `past` is its cache after the prompt. Without one: placeholder tokens, which is the same unless tokens are dropped
+    behind the encoder or inside the language model.
+    """
+    visual_BL = inputs["input_ids"] == model.config.image_token_id
+    if (layers := kept_columns(past)) is None:
+        return visual_BL.sum(dim=1).tolist()
+    length = visual_BL.shape[1]
+    counts = [
+        (visual_BL.gather(1, columns.clamp(0, length - 1)) & (columns >= 0) & (columns < length)).sum(dim=1)
+        for columns in layers
+    ]
+    return torch.stack(counts).float().mean(dim=0).tolist()
 
 
 @contextmanager
@@ -145,7 +162,7 @@ def answer(
     first = {name: index for index, name in reversed(list(enumerate(names)))}
     order = sorted(range(len(samples)), key=lambda index: first[names[index]])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    texts, visual_tokens = [""] * len(samples), [0] * len(samples)
+    texts, visual_tokens = [""] * len(samples), [0.0] * len(samples)
     with evaluating(model):
         for batch in track(batches, "answering", console=Console(stderr=True), disable=not progress):
             shown = {names[index]: samples[index].pictures() for index in batch}
@@ -153,9 +170,11 @@ def answer(
             questions = [samples[index].question for index in batch]
             inputs = encode(processor, questions, pictures).to(model.device)
             arguments = encode_once(model, inputs, pictures)
-            output = model.generate(**arguments, **greedy(processor, model, max_new_tokens))
-            new = output[:, inputs["input_ids"].shape[1] :]
+            settings = greedy(processor, model, max_new_tokens)
+            output = model.generate(**arguments, **settings, return_dict_in_generate=True)
+            new = output.sequences[:, inputs["input_ids"].shape[1] :]
             said = processor.batch_decode(new, skip_special_tokens=True)
-            for index, text, count in zip(batch, said, count_visual_tokens(model, inputs), strict=True):
+            counts = count_visual_tokens(model, inputs, output.past_key_values)
+            for index, text, count in zip(batch, said, counts, strict=True):
                 texts[index], visual_tokens[index] = text.strip(), count
     return Answers(texts, visual_tokens)

@@ -163,7 +163,7 @@ def reference_answers(reference: Reference, samples: Sequence[Sample], **options
 
 def is_compressed(model: PreTrainedModel) -> bool:
     """Whether a compressor of laco stands in the model; False for families that laco does not know."""
-    return any(family.owns(model) and family.steps(model.config) for family in FAMILIES)
+    return any(family.owns(model) and family.methods(model.config) for family in FAMILIES)
 
 
 def base_directory(model: PreTrainedModel) -> str | None:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from operator import attrgetter
+from statistics import fmean
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,9 +22,10 @@ from laco.errors import LacoError
 from laco.families.connector import Connector
 from laco.families.encoders import CompressedVisionModel, Encoder, encoder_of
 from laco.families.encoders.base import Size, take_over_conversions
-from laco.families.steps import Step, image_sides
+from laco.families.reduction import ReducedModel, restore
+from laco.families.steps import Compression, Step, image_sides
 from laco.grid import Grid
-from laco.methods import Merger
+from laco.methods import DecoderMethod, Merger, Method, Reducer, Selector
 
 
 class Family(ABC):
@@ -104,19 +106,23 @@ class Family(ABC):
         return self.body(model).language_model
 
     def compressors(self, model: PreTrainedModel) -> dict[str, nn.Module]:
-        """The mergers in a model by their places, `layers.{k}` or `projector`."""
+        """What compresses and has parameters in a model, by its place: `layers.{k}` of the encoder, `projector`,
+        `selector` behind it, or `decoder`, inside the language model.
+        """
         encoder = self.encoder(model)
         found: dict[str, nn.Module] = {}
         if isinstance(encoder, CompressedVisionModel):
             found = {f"layers.{k}": compressor for k, compressor in encoder.compressors().items()}
         if self.connects and isinstance(projector := self.projector(model), Connector):
             found["projector"] = projector.compressor
+        if self.reductions(model.config):
+            found |= dict(getattr(self.language_model(model), "compressor", {}))
         return found
 
     # Changing a model, in place.
 
     def wears_our_classes(self, steps: Sequence[Step]) -> bool:
-        """Whether a model with these mergers needs our subclasses of the family's classes.
+        """Whether a model with these mergers needs our subclasses of the family's classes; with other methods all do.
 
         As it is, it fits stock classes that build their vision encoder through the Auto classes; only a
         merger as the projector is beyond them.
@@ -137,18 +143,27 @@ class Family(ABC):
         setattr(model.get_submodule(parent), name, projector)
         model.config.vision_feature_layer = read
 
-    def set_classes(self, model: PreTrainedModel, steps: Sequence[Step]) -> None:
-        """Gives model and configuration the classes that build a model with these mergers.
+    def set_classes(self, model: PreTrainedModel, compression: Compression) -> None:
+        """Gives model and configuration the classes that build a model with this compression.
 
-        They differ from the stock ones in construction alone, so an existing object can change between them.
+        They differ from the stock ones in construction and in what is around a forward, so an existing object can
+        change between them.
         """
-        ours = self.wears_our_classes(steps)
+        ours = self.wears_our_classes(compression.steps) or compression.drops
         if self.compressed is None or self.compressed_model is None or self.compressed_config is None:
-            assert not ours, f"{self.name} has no classes for {steps}"
+            assert not self.wears_our_classes(compression.steps), f"{self.name} has no classes for {compression}"
             return
         model.__class__ = self.compressed if ours else self.stock
         self.body(model).__class__ = self.compressed_model if ours else self.stock_model
         model.config.__class__ = self.compressed_config if ours else self.stock_config
+        if issubclass(self.compressed_model, ReducedModel):
+            model.config.reduction = compression.to_dict()["reduction"] or None
+            body: Any = self.body(model)
+            if ours:
+                body.extend_language_model()
+            else:
+                restore(self.language_model(model))
+                del model.config.reduction
 
     # The geometry, from a configuration alone.
 
@@ -173,6 +188,71 @@ class Family(ABC):
     def steps(self, config: PreTrainedConfig) -> list[Step]:
         """The mergers that a model of this configuration has, first to last."""
         return getattr(self.vision_config(config), "steps", [])
+
+    def reductions(self, config: PreTrainedConfig) -> list[Method]:
+        """The methods behind the encoder or inside the language model that a model of this configuration has."""
+        return getattr(config, "reductions", [])
+
+    def reducer(self, config: PreTrainedConfig) -> Reducer | None:
+        """The method inside the encoder's layers that a model of this configuration has."""
+        return getattr(self.vision_config(config), "reducing_method", None)
+
+    def compression(self, config: PreTrainedConfig) -> Compression:
+        """All that compresses a model of this configuration."""
+        return Compression(self.steps(config), self.reducer(config), self.reductions(config))
+
+    def methods(self, config: PreTrainedConfig) -> list[Method]:
+        """As `compression`, in the order in which tokens meet it."""
+        return self.compression(config).methods
+
+    def unmerges(self, config: Any) -> bool:
+        """Whether tokens that were merged inside the encoder must come out at all their places, for a connector that
+        joins neighbours.
+        """
+        kind = self.compressed_model
+        return kind is not None and issubclass(kind, ReducedModel) and not kind.pictures.by_token
+
+    def tokens_read(self, config: Any, grid: Grid) -> float | None:
+        """As `visual_tokens`, after methods behind the encoder and, on average over layers, inside the language model;
+        None where that depends on what is seen.
+        """
+        tokens: float = self.visual_tokens(config, grid)
+        if (reducer := self.reducer(config)) is not None and not self.unmerges(config):
+            if not reducer.static_count:
+                return None
+            layers = self.encoder_kind(config).num_layers(self.vision_config(config))
+            tokens = reducer.num_tokens(round(tokens), layers, max(self.read_layers(config)))
+        for method in self.reductions(config):
+            if not method.static_count:
+                return None
+            if isinstance(method, Selector):
+                tokens = method.budget(round(tokens))
+            elif isinstance(method, DecoderMethod):
+                tokens = fmean(method.layer_tokens(round(tokens), self.text_config(config).num_hidden_layers))
+        return tokens
+
+    def reads_question(self, config: PreTrainedConfig) -> bool:
+        """Whether what is left of a picture before the language model depends on the question."""
+        return any(
+            "text" in method.needs for method in self.reductions(config) if not isinstance(method, DecoderMethod)
+        )
+
+    def why_not(self, config: Any, method: Method) -> str | None:
+        """Why a method cannot stand in a model, if it is no merger; None if it can."""
+        if isinstance(method, Reducer) and (
+            reason := self.encoder_kind(config).why_not(self.vision_config(config), method)
+        ):
+            return reason
+        if self.compressed_model is None or not issubclass(self.compressed_model, ReducedModel):
+            return f"{self.name} takes mergers alone so far"
+        kinds = set(getattr(self.text_config(config), "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            return f"its language model has layers of {' and '.join(sorted(kinds - {'full_attention'}))}"
+        if missing := method.needs & {"clip_tokens", "clip_text", "maps"}:
+            return f"it needs {' and '.join(sorted(missing))}, which laco does not gather in models so far"
+        if isinstance(method, DecoderMethod):
+            method.points(self.text_config(config).num_hidden_layers)  # raises where they are past the end
+        return None
 
     def with_steps(self, config: Any, steps: Sequence[Step]) -> Any:
         """A copy of a configuration with exactly these mergers in the encoder's."""

@@ -39,22 +39,22 @@ def connector_step(config: PreTrainedConfig) -> Step | None:
 
 
 class ConnectorModel(PreTrainedModel):
-    """Mixin of a model whose projector is the merger of its configuration's compression."""
+    """Mixin of a model whose projector is the merger of its configuration's compression, if that has one."""
 
     multi_modal_projector: Any
 
     def __init__(self, config: Any):
         super().__init__(config)
-        step = connector_step(config)
-        assert step is not None, f"{config.model_type} is for models with a merger as their projector"
-        self.multi_modal_projector = Connector(
-            step.merger, config.vision_config.hidden_size, config.text_config.hidden_size
-        )
-        self.post_init()
+        if (step := connector_step(config)) is not None:
+            self.multi_modal_projector = Connector(
+                step.merger, config.vision_config.hidden_size, config.text_config.hidden_size
+            )
+            self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not reset_compressor(module, [self.multi_modal_projector.compressor]):
+        projector = self.multi_modal_projector
+        if not isinstance(projector, Connector) or not reset_compressor(module, [projector.compressor]):
             super()._init_weights(module)
 
 

@@ -5,9 +5,11 @@ tokens for the side of their grid; mergers stand before it. The processor counts
 model cuts the mask of pixels into patches by the encoder's `patch_size`, which therefore stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -19,6 +21,8 @@ from transformers import (
 from laco.errors import LacoError
 from laco.families.base import Family
 from laco.families.encoders.idefics3 import IDEFICS3, LacoIdefics3VisionConfig, LacoIdefics3VisionTransformer
+from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
+from laco.families.reduction.pictures import Pictures, pooled
 from laco.families.steps import Step
 from laco.grid import Grid
 from laco.methods import Merger
@@ -29,10 +33,31 @@ def as_config(kind: type[PreTrainedConfig], given: Any) -> PreTrainedConfig:
     return given if isinstance(given, PreTrainedConfig) else kind(**(given or {}))
 
 
-class TiledModel(PreTrainedModel):
+class ShuffledTiles(Pictures):
+    """Every tile, overview or frame is a picture by itself, whose tokens the connector joins."""
+
+    by_token = False
+
+    def encoder(self, body: Any) -> Any:
+        return body.vision_model
+
+    def language_model(self, body: Any) -> Any:
+        return body.text_model
+
+    def tokens(self, body: Any, features: Any) -> list[Tensor]:
+        config = body.config  # the model's own are those of all tiles of a sample
+        size = (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
+        return list(torch.cat([rows.flatten(0, -2) for rows in features]).split(size))
+
+    def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
+        return list(pooled(x_TNC, body.config.scale_factor))
+
+
+class TiledModel(ReducedModel):
     """Mixin of a model with a compressed encoder; the stock constructor builds its own."""
 
     encoder_class: ClassVar[type[PreTrainedModel]]
+    pictures = ShuffledTiles()
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -43,7 +68,7 @@ class TiledModel(PreTrainedModel):
         self.vision_model = self.encoder_class._from_config(self.config.vision_config)
 
 
-class TiledForConditionalGeneration(PreTrainedModel):
+class TiledForConditionalGeneration(ReducedForConditionalGeneration):
     """Mixin of such a model with its language-model head; the stock constructor builds the stock model."""
 
     model_class: ClassVar[type[TiledModel]]
@@ -52,10 +77,11 @@ class TiledForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         self.model.__class__ = self.model_class
         self.model.build_encoder()
+        self.model.extend_language_model()
         self.post_init()
 
 
-class LacoIdefics3Config(Idefics3Config):
+class LacoIdefics3Config(ReducedConfig, Idefics3Config):
     model_type = "laco_idefics3"
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -4,9 +4,10 @@ Its projector joins `1 / downsample_ratio` neighbours in both directions (pixel 
 root of the number of tokens; mergers stand before it. The processor counts a tile or frame as `image_seq_length`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -19,11 +20,13 @@ from laco.errors import LacoError
 from laco.families.base import Family
 from laco.families.encoders.base import Size
 from laco.families.encoders.internvit import INTERNVIT, LacoInternVLVisionConfig
+from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
+from laco.families.reduction.pictures import Pictures, pooled
 from laco.families.steps import Step
 from laco.grid import Grid
 
 
-class LacoInternVLConfig(InternVLConfig):
+class LacoInternVLConfig(ReducedConfig, InternVLConfig):
     model_type = "laco_internvl"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -33,16 +36,27 @@ class LacoInternVLConfig(InternVLConfig):
         super().__post_init__(**kwargs)
 
 
-class LacoInternVLModel(InternVLModel):
+class ShuffledPictures(Pictures):
+    """Every tile or frame is a picture by itself, whose tokens the projector joins, `factor` x `factor`."""
+
+    by_token = False
+
+    def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
+        return list(pooled(x_TNC, shuffled_side(body.config)))
+
+
+class LacoInternVLModel(ReducedModel, InternVLModel):
     config: LacoInternVLConfig
+    pictures = ShuffledPictures()
 
 
-class LacoInternVLForConditionalGeneration(InternVLForConditionalGeneration):
+class LacoInternVLForConditionalGeneration(ReducedForConditionalGeneration, InternVLForConditionalGeneration):
     config: LacoInternVLConfig
 
     def __init__(self, config: LacoInternVLConfig):
         super().__init__(config)
-        self.model.__class__ = LacoInternVLModel  # which adds nothing to the class that the stock constructor names
+        self.model.__class__ = LacoInternVLModel  # the stock constructor names another
+        self.model.extend_language_model()
 
 
 class InternVL(Family):

@@ -10,18 +10,23 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel,
 from laco.families.base import Family
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
 from laco.families.encoders import CLIP, SIGLIP
+from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
+from laco.families.reduction.pictures import Pictures
 from laco.grid import Grid
 
 
-class LacoLlavaConfig(LlavaConfig):
+class LacoLlavaConfig(ReducedConfig, LlavaConfig):
     model_type = "laco_llava"
 
 
-class LacoLlavaModel(ConnectorModel, LlavaModel):
+class LacoLlavaModel(ReducedModel, ConnectorModel, LlavaModel):
     config: LacoLlavaConfig
+    pictures = Pictures()
 
 
-class LacoLlavaForConditionalGeneration(ConnectorForConditionalGeneration, LlavaForConditionalGeneration):
+class LacoLlavaForConditionalGeneration(
+    ReducedForConditionalGeneration, ConnectorForConditionalGeneration, LlavaForConditionalGeneration
+):
     config: LacoLlavaConfig
     model_class = LacoLlavaModel
 

@@ -4,31 +4,86 @@ The model packs tiles and pools frames by `image_size // patch_size`, the proces
 `num_image_tokens`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
     PreTrainedConfig,
 )
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from laco.errors import LacoError
 from laco.families.base import Family
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
 from laco.families.encoders import CLIP, SIGLIP
+from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
+from laco.families.reduction.pictures import Pictures, View, square_view
+from laco.grid import Grid
 
 
-class LacoLlavaOnevisionConfig(LlavaOnevisionConfig):
+class LacoLlavaOnevisionConfig(ReducedConfig, LlavaOnevisionConfig):
     model_type = "laco_llava_onevision"
 
 
-class LacoLlavaOnevisionModel(ConnectorModel, LlavaOnevisionModel):
+class TiledPictures(Pictures):
+    """A picture is its overview, then the tiles put together to one grid, with a line break behind every row; a video
+    its frames, each at half the resolution, and one line break.
+    """
+
+    def tiles(self, body: Any, pictures: int, inputs: Mapping[str, Any], video: bool) -> list[int]:
+        if video:
+            return [inputs["pixel_values_videos"].shape[1]] * pictures
+        counts = inputs.get("batch_num_images")
+        alone = [True] * pictures if counts is None else [n == 1 for n in counts for _ in range(n)]
+        side = body.config.vision_config.image_size
+        patches = [
+            image_size_to_num_patches(size, body.config.image_grid_pinpoints, side) for size in inputs["image_sizes"]
+        ]
+        return [patch if single else 1 for patch, single in zip(patches, alone, strict=True)]
+
+    def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
+        side = FAMILY.grid(body.config).height
+        if video:
+            half, frames = -(-side // 2), inputs["pixel_values_videos"].shape[1]
+            return [[View(torch.arange(length - 1), Grid(frames, half, half))] for length in lengths]
+        out = []
+        ones = torch.ones(sum(self.tiles(body, len(lengths), inputs, video)), side * side, 1)
+        packed = self.packed(body, ones, inputs, image_newline=torch.zeros(1))
+        for length, marks in zip(lengths, packed, strict=True):
+            assert len(marks) == length
+            views, extra = [square_view(side * side)], marks[side * side :, 0]
+            if len(extra) > 1:
+                width = int((extra == 0).nonzero()[0])
+                rows = torch.arange(len(extra)).view(-1, width + 1)[:, :width]
+                views.append(View(rows.flatten() + side * side, Grid(1, len(rows), width)))
+            out.append(views)
+        return out
+
+    def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
+        if video:
+            frames = inputs["pixel_values_videos"].shape[1]
+            return [part.flatten(0, 1) for part in body.apply_pooling(x_TNC).split(frames)]
+        return self.packed(body, x_TNC, inputs, image_newline=None)
+
+    def packed(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], image_newline: Tensor | None) -> list[Tensor]:
+        sizes = inputs["image_sizes"]
+        ratio = inputs.get("vision_aspect_ratio") or body.config.vision_aspect_ratio
+        tiles = self.tiles(body, len(sizes), inputs, video=False)
+        return body.pack_image_features(x_TNC.split(tiles), sizes, image_newline, ratio)[0]
+
+
+class LacoLlavaOnevisionModel(ReducedModel, ConnectorModel, LlavaOnevisionModel):
     config: LacoLlavaOnevisionConfig
+    pictures = TiledPictures()
 
 
 class LacoLlavaOnevisionForConditionalGeneration(
-    ConnectorForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+    ReducedForConditionalGeneration, ConnectorForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 ):
     config: LacoLlavaOnevisionConfig
     model_class = LacoLlavaOnevisionModel
@@ -60,3 +115,6 @@ class LlavaOnevision(Family):
         ours = [tuple(size) for size in processor.image_processor.image_grid_pinpoints]
         if ours != [tuple(size) for size in config.image_grid_pinpoints]:
             raise LacoError("the processor does not match the model: their image_grid_pinpoints differ")
+
+
+FAMILY = LlavaOnevision()

@@ -4,19 +4,22 @@ Model and processor count placeholder tokens, and M-RoPE places them, by the mer
 The encoder's own merger is the projector; it stays, and mergers stand before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from laco.families.base import Family
 from laco.families.encoders.qwen import PackedVisionConfig, QwenEncoder
+from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
+from laco.families.reduction.pictures import Pictures, View
 from laco.families.steps import Step
 from laco.grid import Grid
 
 
-class QwenConfig(PreTrainedConfig):
+class QwenConfig(ReducedConfig):
     """Mixin of a configuration with a compressed encoder. Class data: `vision_class`, of the encoder's."""
 
     vision_class: ClassVar[type[PackedVisionConfig]]
@@ -29,8 +32,47 @@ class QwenConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class QwenModel(PreTrainedModel):
+class PackedPictures(Pictures):
+    """Pictures of any size, packed into one sequence, of which the encoder's merger joins every few."""
+
+    by_token = False
+
+    def encoder(self, body: Any) -> Any:
+        return body.visual
+
+    def grids(self, body: Any, inputs: Mapping[str, Any], video: bool) -> list[Grid]:
+        """What the language model reads of each picture or video."""
+        merge = body.visual.spatial_merge_size
+        grids = inputs["video_grid_thw" if video else "image_grid_thw"].tolist()
+        return [Grid(frames, height // merge, width // merge) for frames, height, width in grids]
+
+    def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
+        return [[View(torch.arange(grid.tokens), grid)] for grid in self.grids(body, inputs, video)]
+
+    def tiles(self, body: Any, pictures: int, inputs: Mapping[str, Any], video: bool) -> list[int]:
+        return [1]  # there are no prefix tokens
+
+    def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
+        grids = self.grids(body, inputs, video)
+        joined = x_TNC.shape[1] // sum(grid.tokens for grid in grids)
+        means_NC = x_TNC[0].unflatten(0, (-1, joined)).mean(dim=1)
+        if (order := self.window_order(body, inputs, video)) is not None:
+            means_NC = means_NC[order.to(means_NC.device).argsort()]
+        return list(means_NC.split([grid.tokens for grid in grids]))
+
+    def window_order(self, body: Any, inputs: Mapping[str, Any], video: bool) -> Tensor | None:
+        """The order in which the encoder has the windows, where that is not theirs."""
+        return None
+
+    def attending(self, kwargs: Mapping[str, Any] | None) -> list[int] | None:
+        assert kwargs is not None
+        return kwargs["cu_seqlens"].diff().tolist()
+
+
+class QwenModel(ReducedModel):
     """Mixin of a model with a compressed encoder."""
+
+    pictures = PackedPictures()
 
     def __init__(self, config: Any):
         # Not the stock constructor, which would build the stock encoder first.
@@ -39,9 +81,10 @@ class QwenModel(PreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.rope_deltas = None
         self.post_init()
+        self.extend_language_model()
 
 
-class QwenForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class QwenForConditionalGeneration(ReducedForConditionalGeneration):
     """Mixin of such a model with its language-model head. Class data: `model_class`."""
 
     model_class: ClassVar[type[QwenModel]]

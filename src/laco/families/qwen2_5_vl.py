@@ -3,10 +3,15 @@
 Frames of videos are placed by their seconds.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers.vision_utils import get_vision_window_index
 
 from laco.families.encoders.qwen2_5_vl import QWEN2_5_VL, LacoQwen2_5_VLVisionConfig
-from laco.families.qwen import QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
+from laco.families.qwen import PackedPictures, QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
 
 
 class LacoQwen2_5_VLConfig(QwenConfig, Qwen2_5_VLConfig):
@@ -14,8 +19,18 @@ class LacoQwen2_5_VLConfig(QwenConfig, Qwen2_5_VLConfig):
     vision_class = LacoQwen2_5_VLVisionConfig
 
 
+class WindowedPictures(PackedPictures):
+    def window_order(self, body: Any, inputs: Mapping[str, Any], video: bool) -> Tensor:
+        config = body.visual.config
+        grids = inputs["video_grid_thw" if video else "image_grid_thw"]
+        return get_vision_window_index(
+            grids, body.visual.spatial_merge_size, config.window_size, config.patch_size, kwargs={}
+        )[0]
+
+
 class LacoQwen2_5_VLModel(QwenModel, Qwen2_5_VLModel):
     config: LacoQwen2_5_VLConfig
+    pictures = WindowedPictures()
 
 
 class LacoQwen2_5_VLForConditionalGeneration(QwenForConditionalGeneration, Qwen2_5_VLForConditionalGeneration):

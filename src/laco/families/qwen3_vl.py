@@ -3,10 +3,13 @@
 Frames of videos are pictures, each behind its timestamp.
 """
 
+from typing import Any
+
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
 from laco.families.encoders.qwen3_vl import QWEN3_VL, LacoQwen3VLVisionConfig
 from laco.families.qwen import QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
+from laco.methods import DecoderMethod, Method
 
 
 class LacoQwen3VLConfig(QwenConfig, Qwen3VLConfig):
@@ -32,3 +35,14 @@ class Qwen3VL(QwenVL):
     compressed_model = LacoQwen3VLModel
     compressed_config = LacoQwen3VLConfig
     encoders = (QWEN3_VL,)
+
+    def why_not(self, config: Any, method: Method) -> str | None:
+        levels = len(config.vision_config.deepstack_visual_indexes)
+        if isinstance(method, DecoderMethod):
+            first = method.points(config.text_config.num_hidden_layers)[0]
+            if first < levels:
+                return (
+                    f"its language model adds visual features behind each of the first {levels} layers (DeepStack), so"
+                    f" tokens may leave after layer {levels} or later; got {first}"
+                )
+        return super().why_not(config, method)

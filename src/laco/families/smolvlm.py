@@ -9,9 +9,10 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLM
 
 from laco.families.encoders.idefics3 import SMOLVLM, LacoSmolVLMVisionConfig, LacoSmolVLMVisionTransformer
 from laco.families.idefics3 import TiledFamily, TiledForConditionalGeneration, TiledModel, as_config
+from laco.families.reduction import ReducedConfig
 
 
-class LacoSmolVLMConfig(SmolVLMConfig):
+class LacoSmolVLMConfig(ReducedConfig, SmolVLMConfig):
     model_type = "laco_smolvlm"
 
     def __post_init__(self, **kwargs: Any) -> None:

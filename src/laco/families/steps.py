@@ -1,12 +1,12 @@
 """What a compressed configuration records: which merger stands after which layer, and the resulting grid."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from laco.errors import LacoError
 from laco.grid import Grid
-from laco.methods import Merger, from_dict
+from laco.methods import Merger, Method, Reducer, from_dict
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,52 @@ class Step:
         if place not in ("encoder", "projector") or not isinstance(merger, Merger) or merger.layer is None:
             raise LacoError(f"not a compression that can stand in a vision encoder: {data}")
         return cls(merger, place)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """All that compresses a model.
+
+    Args:
+        steps: mergers, first to last.
+        reducer: what drops or merges tokens in the vision encoder's layers.
+        reductions: methods behind the encoder and inside the language model.
+    """
+
+    steps: Sequence[Step] = ()
+    reducer: Reducer | None = None
+    reductions: Sequence[Method] = ()
+
+    @property
+    def methods(self) -> list[Method]:
+        """In the order in which tokens meet them."""
+        inside: list[Method] = [] if self.reducer is None else [self.reducer]
+        return [*(step.merger for step in self.steps), *inside, *self.reductions]
+
+    @property
+    def drops(self) -> bool:
+        """Whether the language model may read fewer tokens than the grid behind the encoder has."""
+        return self.reducer is not None or bool(self.reductions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return {
+            "compression": [step.to_dict() for step in self.steps],
+            "reducer": None if self.reducer is None else self.reducer.to_dict(),
+            "reduction": [method.to_dict() for method in self.reductions],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises `LacoError` for anything that is not such a record."""
+        reducer = from_dict(data["reducer"]) if data.get("reducer") else None
+        if reducer is not None and not isinstance(reducer, Reducer):
+            raise LacoError(f"not a method that works inside the layers of a vision encoder: {data['reducer']}")
+        return cls(
+            [Step.from_dict(step) for step in data["compression"]],
+            reducer,
+            [from_dict(method) for method in data.get("reduction", ())],
+        )
 
 
 def image_sides(size: int | Sequence[int]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from laco.errors import LacoError
 from laco.families.base import Family, picture_size
 from laco.families.encoders import ENCODERS, Encoder
 from laco.families.steps import Step, image_sides
+from laco.methods import Method, Reducer
 
 
 def stands_alone(encoder: Encoder) -> bool:
@@ -72,6 +73,11 @@ class VisionEncoder(Family):
 
     def with_steps(self, config: PreTrainedConfig, steps: Sequence[Step]) -> PreTrainedConfig:
         return self.encoder_kind(config).with_steps(config, steps)
+
+    def why_not(self, config: Any, method: Method) -> str | None:
+        if isinstance(method, Reducer):
+            return self.encoder_kind(config).why_not(config, method)
+        return "a vision encoder alone has no language model for it"
 
     def projections(self, config: Any) -> list[tuple[int, int]]:
         return []

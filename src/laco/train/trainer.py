@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from laco.errors import LacoError
 from laco.families.compat import given_features
+from laco.families.reduction.prompt import ANSWERS, within
 from laco.train.recipe import GROUPS, Distill, Stage
 from laco.world.labels import IGNORE, LABELS
 
@@ -81,14 +82,12 @@ class DenseHeads(nn.Module):
         return loss
 
 
-def answer_logits(vlm: PreTrainedModel, inputs: dict[str, Any], asked_BL: Tensor) -> Tensor:
-    """Logits (tokens, vocabulary) of the answers' tokens only; most of a sequence is pictures and questions.
-
-    `asked_BL` (B, L - 1) marks the positions whose next token belongs to an answer.
-    """
-    hidden_BLC = vlm.base_model(**inputs, use_cache=False).last_hidden_state
+def answer_logits(vlm: PreTrainedModel, inputs: dict[str, Any], labels_BL: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of the answers' tokens only; most of a sequence is pictures and questions."""
+    with within(ANSWERS, labels_BL):
+        hidden_BLC = vlm.base_model(**inputs, use_cache=False).last_hidden_state
     head: nn.Module = vlm.get_output_embeddings()
-    return head(hidden_BLC[:, :-1][asked_BL])
+    return head(hidden_BLC[:, :-1][labels_BL[:, 1:] != IGNORE])
 
 
 class Learner(nn.Module):
@@ -120,10 +119,9 @@ class Learner(nn.Module):
             loss = loss + self.stage.dense * out["dense"]
         if "input_ids" in inputs:
             labels = inputs.pop("labels")
-            asked = labels[:, 1:] != IGNORE
             with given_features(self.vlm, seen, inputs, images) if seen else nullcontext(inputs) as given:
-                out["answer_logits"] = answer_logits(self.vlm, given, asked)
-            out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][asked])
+                out["answer_logits"] = answer_logits(self.vlm, given, labels)
+            out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][labels[:, 1:] != IGNORE])
             loss = loss + out["answer"]
         return {"loss": loss, **out}
 
@@ -171,8 +169,7 @@ class LacoTrainer(Trainer):
         loss = out["loss"]
         if self.teacher is not None and self.distill is not None:
             with torch.no_grad():
-                labels = teacher_inputs.pop("labels")
-                said = answer_logits(self.teacher, teacher_inputs, labels[:, 1:] != IGNORE)
+                said = answer_logits(self.teacher, teacher_inputs, teacher_inputs.pop("labels"))
             t = self.distill.temperature
             out["distill"] = F.kl_div(
                 F.log_softmax(out["answer_logits"].float() / t, dim=-1),

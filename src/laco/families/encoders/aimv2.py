@@ -9,6 +9,8 @@ from transformers import Aimv2VisionConfig, Aimv2VisionModel
 from transformers.models.aimv2.modeling_aimv2 import Aimv2EncoderLayer
 
 from laco.families.encoders.base import Encoder, FixedGridVisionConfig, FixedGridVisionModel, MergingLayer
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 
 
 class LacoAimv2VisionConfig(FixedGridVisionConfig, Aimv2VisionConfig):
@@ -19,10 +21,28 @@ class LacoAimv2EncoderLayer(MergingLayer, Aimv2EncoderLayer):
     pass
 
 
+class LacoAimv2ReducingLayer(ReducingLayer, Aimv2EncoderLayer):
+    pass
+
+
 class LacoAimv2VisionModel(FixedGridVisionModel, Aimv2VisionModel):
     config: LacoAimv2VisionConfig
     layer_class = LacoAimv2EncoderLayer
-    _no_split_modules = [*Aimv2VisionModel._no_split_modules, "LacoAimv2EncoderLayer"]  # noqa: RUF012
+    reducing_class = LacoAimv2ReducingLayer
+    halves = Halves(
+        attention="attention",
+        norm=("rms_norm1",),
+        queries=("attention.q_proj",),
+        keys=("attention.k_proj",),
+        values=("attention.v_proj",),
+        out=("attention.out_proj",),
+        feed_forward=("rms_norm2", "ffn"),
+    )
+    _no_split_modules = [  # noqa: RUF012
+        *Aimv2VisionModel._no_split_modules,
+        "LacoAimv2EncoderLayer",
+        "LacoAimv2ReducingLayer",
+    ]
 
 
 class Aimv2(Encoder):

@@ -5,8 +5,9 @@ put out. So parameter names stay, the only new keys are those of the `compressor
 `hidden_states[i]` is merged iff i >= k.
 """
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +21,10 @@ from transformers.conversion_mapping import (
 )
 
 from laco.errors import LacoError
+from laco.families.encoders.reducing import ReducingVisionModel
 from laco.families.steps import Step, effective_patch_size, image_sides
 from laco.grid import Grid, merge_map, split_prefix
-from laco.methods import Merger, MergerModule
+from laco.methods import Merger, MergerModule, Reducer, from_dict
 
 Size = tuple[int, int]  # height and width of a picture in pixels
 
@@ -85,21 +87,44 @@ class MergingLayer(nn.Module):
         return torch.cat([prefix_BPC, merged_BNC], dim=1) if self.prefix else merged_BNC
 
 
+NOT_BOTH = "mergers and a reducer do not stand in one vision encoder yet; decompress the model first"
+
+
 class CompressedVisionConfig(PreTrainedConfig):
-    """Mixin of a vision configuration that records its compression.
+    """Mixin of a vision configuration that records its compression: mergers, or a reducer.
 
     Args:
         compression: `Step.to_dict` of every merger, in the order of their layers.
+        reducer: `Reducer.to_dict`.
+        reducer_last: how many layers the language model uses; all, if None.
+        reducer_unmerge: tokens that were merged are put out at all their places, for a connector that joins neighbours.
     """
 
     compression: list[dict[str, Any]] | None = None
+    reducer: dict[str, Any] | None = None
+    reducer_last: int | None = None
+    reducer_unmerge: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.reducing_method is not None and self.compression:
+            raise LacoError(NOT_BOTH)
+
+    @property
+    def reducing_method(self) -> Reducer | None:
+        if self.reducer is None:
+            return None
+        reducer = from_dict(self.reducer)
+        if not isinstance(reducer, Reducer):
+            raise LacoError(f"not a method that drops or merges tokens inside a vision encoder: {self.reducer}")
+        return reducer
 
     @property
     def steps(self) -> list[Step]:
         return [Step.from_dict(data) for data in self.compression or []]
 
 
-class CompressedVisionModel(PreTrainedModel):
+class CompressedVisionModel(ReducingVisionModel):
     """Mixin of a vision encoder that builds the layers of its configuration's compression.
 
     Class data: `layer_class`, and `layers_at`, the path of the list of layers in the encoder.
@@ -113,6 +138,8 @@ class CompressedVisionModel(PreTrainedModel):
         for step in config.steps:
             if step.place == "encoder":
                 self.layers[step.layer - 1] = self.merging_layer(step)
+        if (reducer := config.reducing_method) is not None:
+            self.put_reducer(reducer, self.layer_class.prefix_of(config), self.layer_class.width_of(config))
         self.post_init()
 
     @property
@@ -123,10 +150,11 @@ class CompressedVisionModel(PreTrainedModel):
         return self.layer_class(self.config, step.merger)
 
     def compressors(self) -> dict[int, MergerModule]:
-        """The mergers by the count k of layers before them."""
-        return {
+        """What is in the layers of mergers and reducers, by the count k of layers before it."""
+        mergers = {
             index + 1: layer.compressor for index, layer in enumerate(self.layers) if isinstance(layer, MergingLayer)
         }
+        return mergers | super().compressors()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -161,7 +189,7 @@ class FixedGridVisionConfig(CompressedVisionConfig):
 
     def effective_patch_size(self, own: Any) -> Any:
         stock: Any = self
-        return effective_patch_size(stock.image_size, own, self.steps)
+        return effective_patch_size(stock.image_size, own, self.steps) if self.steps else own
 
 
 class FixedGridVisionModel(CompressedVisionModel):
@@ -184,7 +212,7 @@ class FixedGridVisionModel(CompressedVisionModel):
                 f"a compressed {self.config.model_type.removeprefix('laco_')} takes square pictures alone; got"
                 f" {height} x {width} pixels"
             )
-        return super().forward(pixel_values, *args, **kwargs)
+        return self.on_full_grids(super().forward, pixel_values, *args, **kwargs)
 
 
 def take_over_conversions(ours: str, stock: str) -> None:
@@ -275,23 +303,63 @@ class Encoder:
         size = config.image_size
         return {"image_size": size if isinstance(size, int) else list(size), "grid": list(self.own_grid(config))}
 
-    # Its configuration with other mergers.
+    # What passes through a layer.
+
+    def queries_keys(self, layer: nn.Module, x_BNC: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """What attention in a layer compares, (B, H, N, d) each, by its own norm and projections.
+
+        Args:
+            layer: of a stock or a compressed encoder.
+            x_BNC: tokens that enter it; (N, C), and B = 1 in the result, where pictures are packed.
+            kwargs: the other arguments that it is called with; they have the rotary angles, where there are any.
+        """
+        if self.compressed.halves is None:
+            raise LacoError(f"{self.name} does not show queries and keys of its layers")
+        return self.compressed.halves.queries_keys(layer, x_BNC)
+
+    # Its configuration with other mergers, or with a reducer.
 
     def stock_settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The settings of the uncompressed configuration."""
         settings = config.to_dict()
-        for key in ("model_type", "compression"):
+        for key in ("model_type", "compression", "reducer", "reducer_last", "reducer_unmerge"):
             settings.pop(key, None)
         settings["patch_size"] = settings.pop("embed_patch_size", None) or settings["patch_size"]
         return settings
 
     def with_steps(self, config: PreTrainedConfig, steps: Sequence[Step]) -> PreTrainedConfig:
         """A new configuration with exactly these mergers; `LacoError` where they do not fit the grid."""
-        settings = self.stock_settings(config)
-        new = (
-            self.compressed_config(**settings, compression=[step.to_dict() for step in steps])
-            if steps
-            else self.stock_config(**settings)
-        )
+        if steps and getattr(config, "reducer", None):
+            raise LacoError(NOT_BOTH)
+        return self.configuration(config, {"compression": [step.to_dict() for step in steps]} if steps else {})
+
+    def why_not(self, config: Any, reducer: Reducer) -> str | None:
+        """Why a reducer cannot run inside this encoder; None if it can."""
+        if self.compressed.reducing_class is None:
+            return self.compressed.cannot_reduce
+        return NOT_BOTH if getattr(config, "steps", None) else None
+
+    def with_reducer(
+        self, config: PreTrainedConfig, reducer: Reducer | None, last: int | None = None, unmerge: bool = False
+    ) -> PreTrainedConfig:
+        """A new configuration with this reducer inside the encoder, or the stock one; `LacoError` where it cannot run.
+
+        Args:
+            last: how many layers the language model uses, if not all.
+            unmerge: for a connector that joins neighbouring tokens. A token that was merged into another is put out
+                with its values, so that there are as many as ever.
+        """
+        if reducer is None:
+            return self.configuration(config, {})
+        if reason := self.why_not(config, reducer):
+            raise LacoError(f"{reducer.name} cannot run inside {self.name}: {reason}")
+        reducer.layers(self.num_layers(config), last)  # refuses layers past the end
+        record = json.loads(json.dumps(reducer.to_dict()))  # with lists for tuples, as it will be read
+        return self.configuration(config, {"reducer": record, "reducer_last": last, "reducer_unmerge": unmerge})
+
+    def configuration(self, config: PreTrainedConfig, compression: dict[str, Any]) -> PreTrainedConfig:
+        """A new configuration, compressed like this or, with nothing given, the stock one."""
+        kind = self.compressed_config if compression else self.stock_config
+        new = kind(**self.stock_settings(config), **compression)
         new._attn_implementation = config._attn_implementation
         return new

@@ -4,6 +4,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from laco.families.encoders.base import Encoder, FixedGridVisionConfig, FixedGridVisionModel, MergingLayer
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 
 
 class LacoCLIPVisionConfig(FixedGridVisionConfig, CLIPVisionConfig):
@@ -16,10 +18,20 @@ class LacoCLIPEncoderLayer(MergingLayer, CLIPEncoderLayer):
         return 1
 
 
+class LacoCLIPReducingLayer(ReducingLayer, CLIPEncoderLayer):
+    pass
+
+
 class LacoCLIPVisionModel(FixedGridVisionModel, CLIPVisionModel):
     config: LacoCLIPVisionConfig
     layer_class = LacoCLIPEncoderLayer
-    _no_split_modules = [*CLIPVisionModel._no_split_modules, "LacoCLIPEncoderLayer"]  # noqa: RUF012
+    reducing_class = LacoCLIPReducingLayer
+    halves = Halves()
+    _no_split_modules = [  # noqa: RUF012
+        *CLIPVisionModel._no_split_modules,
+        "LacoCLIPEncoderLayer",
+        "LacoCLIPReducingLayer",
+    ]
 
 
 CLIP = Encoder("clip", CLIPVisionModel, CLIPVisionConfig, LacoCLIPVisionModel, LacoCLIPVisionConfig)

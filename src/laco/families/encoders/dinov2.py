@@ -5,6 +5,7 @@ the number of tokens. The prefix tokens pass by every merger.
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Encoder, Dinov2Layer
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersEncoder,
@@ -31,6 +33,8 @@ from laco.families.encoders.base import (
     MergingLayer,
     reset_compressor,
 )
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 
 
 class MasklessEncoder(PreTrainedModel):
@@ -48,7 +52,8 @@ class MasklessEncoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not reset_compressor(module, [part.compressor for part in self.layer if isinstance(part, MergingLayer)]):
+        present = [getattr(part, "compressor", None) for part in self.layer]
+        if not reset_compressor(module, [compressor for compressor in present if compressor is not None]):
             super()._init_weights(module)
 
 
@@ -74,6 +79,27 @@ class MasklessModel(PreTrainedModel):
         return super().forward(pixel_values, bool_masked_pos, **kwargs)
 
 
+HALVES = Halves(
+    attention="attention",
+    dropout="attention_probs_dropout_prob",
+    norm=("norm1",),
+    queries=("attention.q_proj",),
+    keys=("attention.k_proj",),
+    values=("attention.v_proj",),
+    out=("attention.o_proj", "layer_scale1", "drop_path"),
+    feed_forward=("norm2", "mlp", "layer_scale2", "drop_path"),
+)
+if hasattr(modeling_dinov2, "Dinov2SelfAttention"):  # in transformers 5.16
+    HALVES = replace(
+        HALVES,
+        attention="attention.attention",
+        queries=("attention.attention.query",),
+        keys=("attention.attention.key",),
+        values=("attention.attention.value",),
+        out=("attention.output.dense", "attention.output.dropout", "layer_scale1", "drop_path"),
+    )
+
+
 class LacoDinov2Config(FixedGridVisionConfig, Dinov2Config):
     model_type = "laco_dinov2"
 
@@ -82,6 +108,10 @@ class LacoDinov2Layer(MergingLayer, Dinov2Layer):
     @staticmethod
     def prefix_of(config: PreTrainedConfig) -> int:
         return 1
+
+
+class LacoDinov2ReducingLayer(ReducingLayer, Dinov2Layer):
+    pass
 
 
 class LacoDinov2Encoder(MasklessEncoder, Dinov2Encoder):
@@ -93,7 +123,13 @@ class LacoDinov2Model(FixedGridVisionModel, MasklessModel, Dinov2Model):
     layers_at = "encoder.layer"
     encoder_class = LacoDinov2Encoder
     layer_class = LacoDinov2Layer
-    _no_split_modules = [*Dinov2Model._no_split_modules, "LacoDinov2Layer"]  # noqa: RUF012
+    reducing_class = LacoDinov2ReducingLayer
+    halves = HALVES
+    _no_split_modules = [  # noqa: RUF012
+        *Dinov2Model._no_split_modules,
+        "LacoDinov2Layer",
+        "LacoDinov2ReducingLayer",
+    ]
 
 
 class LacoDinov2WithRegistersConfig(FixedGridVisionConfig, Dinov2WithRegistersConfig):
@@ -106,6 +142,10 @@ class LacoDinov2WithRegistersLayer(MergingLayer, Dinov2WithRegistersLayer):
         return 1 + config.num_register_tokens
 
 
+class LacoDinov2WithRegistersReducingLayer(ReducingLayer, Dinov2WithRegistersLayer):
+    pass
+
+
 class LacoDinov2WithRegistersEncoder(MasklessEncoder, Dinov2WithRegistersEncoder):
     pass
 
@@ -115,7 +155,13 @@ class LacoDinov2WithRegistersModel(FixedGridVisionModel, MasklessModel, Dinov2Wi
     layers_at = "encoder.layer"
     encoder_class = LacoDinov2WithRegistersEncoder
     layer_class = LacoDinov2WithRegistersLayer
-    _no_split_modules = [*Dinov2WithRegistersModel._no_split_modules, "LacoDinov2WithRegistersLayer"]  # noqa: RUF012
+    reducing_class = LacoDinov2WithRegistersReducingLayer
+    halves = HALVES
+    _no_split_modules = [  # noqa: RUF012
+        *Dinov2WithRegistersModel._no_split_modules,
+        "LacoDinov2WithRegistersLayer",
+        "LacoDinov2WithRegistersReducingLayer",
+    ]
 
     def __init__(self, config: Any):
         super().__init__(config)

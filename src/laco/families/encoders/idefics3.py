@@ -21,6 +21,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from laco.errors import LacoError
 from laco.families.encoders.base import CompressedVisionConfig, CompressedVisionModel, Encoder, MergingLayer
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 from laco.grid import merge_map
 
 
@@ -89,8 +91,15 @@ class PaddedEncoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """`attention_mask` is that of the patches, (B, H, W)."""
         x_BNC, real_BHW = inputs_embeds, attention_mask
+        if self.config.reducer is not None and not real_BHW.all():
+            raise LacoError(
+                "a tile is padded, which a compression that drops or merges tokens by their features forbids"
+            )
         attended = create_bidirectional_mask(self.config, x_BNC, real_BHW.flatten(1))
         for layer in self.layers:
+            if isinstance(layer, ReducingLayer):
+                x_BNC = layer(x_BNC)
+                continue
             if not isinstance(layer, PaddedMergingLayer):
                 x_BNC = layer(x_BNC, attended)
                 continue
@@ -104,6 +113,7 @@ class PaddedVisionModel(CompressedVisionModel):
     """Mixin of the vision encoder."""
 
     encoder_class: ClassVar[type[PaddedEncoder]]
+    halves = Halves()
     embeddings: Any
     encoder: Any
     post_layernorm: Any
@@ -112,10 +122,15 @@ class PaddedVisionModel(CompressedVisionModel):
         super().__init__(config)
         self.encoder.__class__ = self.encoder_class  # which differs from the stock one in its forward alone
 
+    def forward(
+        self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        return self.on_full_grids(self.encode, pixel_values, patch_attention_mask, **kwargs)
+
     # The stock forward; there the encoder gets a mask of pairs of tokens, which no longer tells the grid.
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
+    def encode(
         self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         if patch_attention_mask is None:
@@ -134,6 +149,10 @@ class LacoIdefics3EncoderLayer(PaddedMergingLayer, Idefics3EncoderLayer):
     pass
 
 
+class LacoIdefics3ReducingLayer(ReducingLayer, Idefics3EncoderLayer):
+    pass
+
+
 class LacoIdefics3Encoder(PaddedEncoder, Idefics3Encoder):
     pass
 
@@ -141,8 +160,13 @@ class LacoIdefics3Encoder(PaddedEncoder, Idefics3Encoder):
 class LacoIdefics3VisionTransformer(PaddedVisionModel, Idefics3VisionTransformer):
     config: LacoIdefics3VisionConfig
     layer_class = LacoIdefics3EncoderLayer
+    reducing_class = LacoIdefics3ReducingLayer
     encoder_class = LacoIdefics3Encoder
-    _no_split_modules = [*Idefics3VisionTransformer._no_split_modules, "LacoIdefics3EncoderLayer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        *Idefics3VisionTransformer._no_split_modules,
+        "LacoIdefics3EncoderLayer",
+        "LacoIdefics3ReducingLayer",
+    ]
 
 
 class LacoSmolVLMVisionConfig(CompressedVisionConfig, SmolVLMVisionConfig):
@@ -153,6 +177,10 @@ class LacoSmolVLMEncoderLayer(PaddedMergingLayer, SmolVLMEncoderLayer):
     pass
 
 
+class LacoSmolVLMReducingLayer(ReducingLayer, SmolVLMEncoderLayer):
+    pass
+
+
 class LacoSmolVLMEncoder(PaddedEncoder, SmolVLMEncoder):
     pass
 
@@ -160,8 +188,13 @@ class LacoSmolVLMEncoder(PaddedEncoder, SmolVLMEncoder):
 class LacoSmolVLMVisionTransformer(PaddedVisionModel, SmolVLMVisionTransformer):
     config: LacoSmolVLMVisionConfig
     layer_class = LacoSmolVLMEncoderLayer
+    reducing_class = LacoSmolVLMReducingLayer
     encoder_class = LacoSmolVLMEncoder
-    _no_split_modules = [*SmolVLMVisionTransformer._no_split_modules, "LacoSmolVLMEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        *SmolVLMVisionTransformer._no_split_modules,
+        "LacoSmolVLMEncoderLayer",
+        "LacoSmolVLMReducingLayer",
+    ]
 
 
 IDEFICS3 = Encoder(

@@ -10,6 +10,8 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
 from laco.errors import LacoError
 from laco.families.encoders.base import Encoder, FixedGridVisionConfig, FixedGridVisionModel, MergingLayer
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 from laco.families.steps import image_sides
 
 
@@ -34,11 +36,29 @@ class LacoInternVLVisionLayer(MergingLayer, InternVLVisionLayer):
         return 1
 
 
+class LacoInternVLReducingLayer(ReducingLayer, InternVLVisionLayer):
+    pass
+
+
 class LacoInternVLVisionModel(FixedGridVisionModel, InternVLVisionModel):
     config: LacoInternVLVisionConfig
     layer_class = LacoInternVLVisionLayer
+    reducing_class = LacoInternVLReducingLayer
     layers_at = "encoder.layer"
-    _no_split_modules = [*InternVLVisionModel._no_split_modules, "LacoInternVLVisionLayer"]  # noqa: RUF012
+    halves = Halves(
+        attention="attention",
+        norm=("layernorm_before",),
+        queries=("attention.q_proj", "attention.q_norm"),
+        keys=("attention.k_proj", "attention.k_norm"),
+        values=("attention.v_proj",),
+        out=("attention.projection_layer", "attention.projection_dropout", "lambda_1"),
+        feed_forward=("layernorm_after", "mlp", "dropout", "lambda_2"),
+    )
+    _no_split_modules = [  # noqa: RUF012
+        *InternVLVisionModel._no_split_modules,
+        "LacoInternVLVisionLayer",
+        "LacoInternVLReducingLayer",
+    ]
 
 
 class InternViT(Encoder):

@@ -66,6 +66,7 @@ class LacoLlama4VisionEncoderLayer(MergingLayer, LaterLlama4VisionLayer):
 class LacoLlama4VisionModel(FixedGridVisionModel, Llama4VisionModel):
     config: LacoLlama4VisionConfig
     layer_class = LacoLlama4VisionEncoderLayer
+    cannot_reduce = "its CLS token stands last, and its rotary table and adapter want the tokens of a whole grid"
     layers_at = "model.layers"
     _no_split_modules = [  # noqa: RUF012
         *Llama4VisionModel._no_split_modules,

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from laco.errors import LacoError
 from laco.families.encoders.base import Encoder, FixedGridVisionConfig, FixedGridVisionModel, MergingLayer, Size
+from laco.families.encoders.halves import Halves
 from laco.grid import Grid, merge_map
 from laco.methods import Merger, from_dict
 
@@ -84,6 +85,10 @@ class LacoMiniCPMVVisionEncoderLayer(MergingLayer, MiniCPMV4_6VisionEncoderLayer
 class LacoMiniCPMVVisionModel(FixedGridVisionModel, MiniCPMV4_6VisionModel):
     config: LacoMiniCPMVVisionConfig
     layer_class = LacoMiniCPMVVisionEncoderLayer
+    halves = Halves()
+    cannot_reduce = (
+        "it packs pictures of different sizes into one sequence, whose bounds and positions a reducer does not know"
+    )
     _no_split_modules = ["LacoMiniCPMVVisionEncoderLayer"]  # noqa: RUF012
 
     # The stock forward, with grids and bounds that change at every merger.

@@ -96,6 +96,9 @@ class LacoPixtralTransformer(PixtralTransformer):
 class LacoPixtralVisionModel(FixedGridVisionModel, PixtralVisionModel):
     config: LacoPixtralVisionConfig
     layer_class = LacoPixtralAttentionLayer
+    cannot_reduce = (
+        "it packs pictures of different sizes into one sequence, whose bounds and positions a reducer does not know"
+    )
     layers_at = "transformer.layers"
     _no_split_modules = [*PixtralVisionModel._no_split_modules, "LacoPixtralAttentionLayer"]  # noqa: RUF012
 

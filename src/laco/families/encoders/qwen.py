@@ -11,13 +11,14 @@ between them, and a merged token keeps the rotary position of its window's first
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from laco.errors import LacoError
 from laco.families.encoders.base import (
@@ -79,11 +80,16 @@ class PackedLayer(nn.Module):
             if kwargs.get("max_seqlen") is not None:
                 kwargs["max_seqlen"] = kwargs["max_seqlen"] // factor**2
             assert position_embeddings is not None
-            cos_ND, sin_ND = (
-                to_blocks(x_ND, self.block)[:, ::factor, ::factor].flatten(0, 2) for x_ND in position_embeddings
-            )
-            position_embeddings = cos_ND, sin_ND
+            position_embeddings = self.angles(position_embeddings)
         return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+
+    def angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all patches, each (N, d) -> of the tokens that come in."""
+        factor = self.block // self.side
+        cos_ND, sin_ND = (
+            to_blocks(x_ND, self.block)[:, ::factor, ::factor].flatten(0, 2) for x_ND in position_embeddings
+        )
+        return cos_ND, sin_ND
 
 
 class PackedMergingLayer(MergingLayer, PackedLayer):
@@ -137,6 +143,9 @@ class PackedVisionModel(CompressedVisionModel):
     layer_class: ClassVar[type[PackedMergingLayer]]
     plain_class: ClassVar[type[PackedLayer]]
     layers_at = "blocks"
+    cannot_reduce = (
+        "it packs pictures of different sizes into one sequence, whose bounds and positions a reducer does not know"
+    )
 
     def __init__(self, config: Any):
         with own_merge_size(config):
@@ -175,6 +184,15 @@ class QwenEncoder(Encoder):
     def merged_before(self, config: Any, layer: int) -> int:
         """Product of the factors of all mergers before the layer with this index (0-based)."""
         return math.prod(step.merger.factor for step in getattr(config, "steps", []) if step.layer <= layer)
+
+    def queries_keys(self, layer: Any, x_BNC: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        cos_ND, sin_ND = kwargs["position_embeddings"]
+        if isinstance(layer, PackedLayer):
+            cos_ND, sin_ND = layer.angles((cos_ND, sin_ND))
+        heads = layer.attn.num_heads
+        q, k, _ = rearrange(layer.attn.qkv(layer.norm1(x_BNC)), "n (three h d) -> three n h d", three=3, h=heads)
+        q, k = apply_rotary_pos_emb_vision(q, k, cos_ND, sin_ND)
+        return rearrange(q, "n h d -> 1 h n d"), rearrange(k, "n h d -> 1 h n d")
 
     def patch_values(self, config: Any) -> int:
         return config.in_channels * config.temporal_patch_size * config.patch_size**2

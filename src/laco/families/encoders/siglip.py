@@ -4,6 +4,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from laco.families.encoders.base import Encoder, FixedGridVisionConfig, FixedGridVisionModel, MergingLayer
+from laco.families.encoders.halves import Halves
+from laco.families.encoders.reducing import ReducingLayer
 
 
 class LacoSiglipVisionConfig(FixedGridVisionConfig, SiglipVisionConfig):
@@ -14,10 +16,20 @@ class LacoSiglipEncoderLayer(MergingLayer, SiglipEncoderLayer):
     pass
 
 
+class LacoSiglipReducingLayer(ReducingLayer, SiglipEncoderLayer):
+    pass
+
+
 class LacoSiglipVisionModel(FixedGridVisionModel, SiglipVisionModel):
     config: LacoSiglipVisionConfig
     layer_class = LacoSiglipEncoderLayer
-    _no_split_modules = [*SiglipVisionModel._no_split_modules, "LacoSiglipEncoderLayer"]  # noqa: RUF012
+    reducing_class = LacoSiglipReducingLayer
+    halves = Halves()
+    _no_split_modules = [  # noqa: RUF012
+        *SiglipVisionModel._no_split_modules,
+        "LacoSiglipEncoderLayer",
+        "LacoSiglipReducingLayer",
+    ]
 
 
 SIGLIP = Encoder("siglip", SiglipVisionModel, SiglipVisionConfig, LacoSiglipVisionModel, LacoSiglipVisionConfig)

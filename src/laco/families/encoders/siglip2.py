@@ -17,6 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from laco.families.encoders.base import CompressedVisionConfig, CompressedVisionModel, Encoder, MergingLayer, Size
+from laco.families.encoders.halves import Halves
 from laco.grid import Grid, merge_map, merged_side
 
 
@@ -70,6 +71,8 @@ class LacoSiglip2EncoderLayer(MergingLayer, Siglip2EncoderLayer):
 class LacoSiglip2VisionModel(CompressedVisionModel, Siglip2VisionModel):
     config: LacoSiglip2VisionConfig
     layer_class = LacoSiglip2EncoderLayer
+    halves = Halves()
+    cannot_reduce = "it pads pictures to one length, and a reducer would take the padding for tokens"
     _no_split_modules = [*Siglip2VisionModel._no_split_modules, "LacoSiglip2EncoderLayer"]  # noqa: RUF012
 
     # The stock forward, with grids and masks that change from layer to layer.

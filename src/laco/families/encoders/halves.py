@@ -1,0 +1,128 @@
+"""A pre-norm layer of a vision encoder as its two residual steps, between which a reducer may speak.
+
+    x = x + out(attention(norm(x)))
+    x = x + feed_forward(x)
+
+The parts are named, not copied: whatever stands in a layer under these names (adapters, quantised maps) is what runs,
+and attention itself is computed by the implementation that the model is set to.
+
+Shape letters: B pictures, N tokens, C channels, H heads of width d.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from laco.errors import LacoError
+
+Parts = tuple[str, ...]  # modules of a layer, one behind the other; a parameter among them is a factor
+Softmax = Callable[[Tensor], Tensor]
+
+
+def run(layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
+    for name in parts:
+        part = attrgetter(name)(layer)
+        x = part * x if isinstance(part, nn.Parameter) else part(x)
+    return x
+
+
+class Attended(NamedTuple):
+    """Tokens behind the first half of a layer, (B, N, C), and what attention was made of, (B, H, N, d)."""
+
+    x_BNC: Tensor
+    queries_BHNd: Tensor
+    keys_BHNd: Tensor
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The parts of a layer by name; as they are, those of SigLIP, CLIP and their like.
+
+    Args:
+        attention: the module that the attention function is called for; its `config` has the heads and `dropout`.
+        norm, queries, keys, values, out, feed_forward: in the order in which they run.
+    """
+
+    attention: str = "self_attn"
+    dropout: str = "attention_dropout"
+    norm: Parts = ("layer_norm1",)
+    queries: Parts = ("self_attn.q_proj",)
+    keys: Parts = ("self_attn.k_proj",)
+    values: Parts = ("self_attn.v_proj",)
+    out: Parts = ("self_attn.out_proj",)
+    feed_forward: Parts = ("layer_norm2", "mlp")
+
+    def heads(self, layer: nn.Module, x_BNC: Tensor, parts: Parts) -> Tensor:
+        """(B, N, C) -> (B, H, N, d)."""
+        config: Any = layer.get_submodule(self.attention).config
+        return rearrange(run(layer, x_BNC, parts), "b n (h d) -> b h n d", h=config.num_attention_heads)
+
+    def queries_keys(self, layer: nn.Module, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B, H, N, d), of tokens that enter a layer."""
+        normed_BNC = run(layer, x_BNC, self.norm)
+        return self.heads(layer, normed_BNC, self.queries), self.heads(layer, normed_BNC, self.keys)
+
+    def attend(
+        self, layer: nn.Module, x_BNC: Tensor, bias: Tensor | None = None, softmax: Softmax | None = None
+    ) -> Attended:
+        """The first half.
+
+        Args:
+            bias: (B, 1, 1, N), added to the logits of attention; `LacoError` if the implementation takes none.
+            softmax: of logits (B, H, N, N), where no bias can say what it is; attention is then written out.
+        """
+        normed_BNC = run(layer, x_BNC, self.norm)
+        q, k, v = (self.heads(layer, normed_BNC, parts) for parts in (self.queries, self.keys, self.values))
+        module: Any = layer.get_submodule(self.attention)
+        settings = {
+            "scaling": q.shape[-1] ** -0.5,
+            "dropout": getattr(module.config, self.dropout) if layer.training else 0.0,
+        }
+        kind = module.config._attn_implementation
+        if softmax is not None:
+            y_BNHd, _ = written_out(module, q, k, v, None, softmax=softmax, **settings)
+        else:
+            if bias is not None and kind not in ("sdpa", "eager"):
+                raise LacoError(
+                    f"this compression weighs tokens in the vision encoder's attention, which {kind} cannot do; load"
+                    ' the model with attn_implementation="sdpa" or "eager"'
+                )
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(kind, written_out)
+            bias = None if bias is None else bias.to(q.dtype)
+            y_BNHd, _ = attention(module, q, k, v, bias, is_causal=False, **settings)
+        return Attended(x_BNC + run(layer, y_BNHd.flatten(2), self.out), q, k)
+
+    def feed(self, layer: nn.Module, x_BNC: Tensor) -> Tensor:
+        """The second half."""
+        return x_BNC + run(layer, x_BNC, self.feed_forward)
+
+
+def written_out(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    softmax: Softmax | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as a function of transformers, with all N x N weights: what `eager` means, or with another softmax."""
+    logits_BHNN = query @ key.mT * scaling
+    if attention_mask is not None:
+        logits_BHNN = logits_BHNN + attention_mask
+    if softmax is None:
+        weights_BHNN = logits_BHNN.softmax(dim=-1, dtype=torch.promote_types(logits_BHNN.dtype, torch.float32))
+    else:
+        weights_BHNN = softmax(logits_BHNN)
+    mixed_BHNd = F.dropout(weights_BHNN.to(value.dtype), dropout) @ value
+    return mixed_BHNd.transpose(1, 2), weights_BHNN

@@ -1,0 +1,119 @@
+"""A cache that holds fewer tokens than were read, and still says how many were read.
+
+Everything outside of the language model (slicing of a dialogue's next turn, position ids of the next token) reckons
+with the tokens that were read; only masks inside the language model need what is held.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from laco.errors import LacoError
+
+
+class ReducedCacheLayer(DynamicLayer):
+    """Of one layer of a language model.
+
+    Attributes:
+        columns_BK: which token of the sequence each entry is; -1 = padding.
+        read: tokens of the sequence so far.
+        moved_B: by how much the positions of later tokens are lower than in the full sequence.
+        counts_entries: whether `get_seq_length` says how many tokens are held, instead of `read`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    columns_BK: Tensor
+    read: int
+    moved_B: Tensor
+    counts_entries: bool = False
+
+    def get_seq_length(self) -> int:
+        held = super().get_seq_length()
+        return held if self.counts_entries or not held else self.read
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_seq_length() + query_length, 0
+
+    def extend(self, columns_BQ: Tensor, read: int, moved_B: Tensor) -> None:
+        """Notes what tokens the newest entries are, `read` having been read with them."""
+        self.columns_BK = torch.cat([self.columns_BK, columns_BQ], dim=1)
+        self.read, self.moved_B = read, moved_B
+        assert self.columns_BK.shape[1] == self.keys.shape[-2]
+
+    def keep_of_newest(self, slot_BK: Tensor, columns_BK: Tensor, number: int) -> None:
+        """Of the newest `number` entries only those in these slots stay, which are these tokens."""
+        first = self.keys.shape[-2] - number
+        index_BGKd = slot_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, 1)
+        for name in ("keys", "values"):
+            x = getattr(self, name)
+            newest = x[..., first:, :].gather(2, index_BGKd.expand(*index_BGKd.shape[:-1], x.shape[-1]))
+            setattr(self, name, torch.cat([x[..., :first, :], newest], dim=2))
+        self.columns_BK = torch.cat([self.columns_BK[:, :first], columns_BK], dim=1)
+
+    def pick(self, rows: Any) -> None:
+        self.columns_BK, self.moved_B = self.columns_BK[rows], self.moved_B[rows]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.pick(beam_idx.to(self.columns_BK.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.pick(torch.arange(len(self.columns_BK), device=self.columns_BK.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            self.columns_BK = self.columns_BK[:, : -abs(tokens_to_remove)]
+            self.read -= abs(tokens_to_remove)
+
+
+@cache
+def reduced(kind: Any) -> Any:
+    return type(f"Reduced{kind.__name__}", (ReducedCacheLayer, kind), {})
+
+
+def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> None:
+    """Lets every layer of a cache, which holds all of `read` tokens, count what it holds."""
+    for layer in past.layers:
+        if isinstance(layer, ReducedCacheLayer):
+            continue
+        if type(layer) is not DynamicLayer:
+            raise LacoError(
+                f"visual tokens can be dropped with a dynamic cache alone, not with a {type(layer).__name__}"
+            )
+        held: Any = layer
+        held.__class__ = reduced(type(layer))
+        held.columns_BK = torch.arange(read, device=device).repeat(batch, 1)
+        held.read, held.moved_B = read, torch.zeros(batch, dtype=torch.long, device=device)
+
+
+@contextmanager
+def counting_entries(past: Cache | None) -> Iterator[None]:
+    """While masks are made, the cache's length is that of what it holds."""
+    layers = [] if past is None else [layer for layer in past.layers if isinstance(layer, ReducedCacheLayer)]
+    for layer in layers:
+        layer.counts_entries = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.counts_entries = False
+
+
+def kept_columns(past: Cache | None) -> list[Tensor] | None:
+    """For each layer, (B, K) which tokens of the sequence its cache holds, -1 = padding; None if it holds all."""
+    if past is None or not past.layers or not isinstance(past.layers[0], ReducedCacheLayer):
+        return None
+    return [layer.columns_BK for layer in past.layers if isinstance(layer, ReducedCacheLayer)]

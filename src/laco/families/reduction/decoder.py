@@ -1,0 +1,285 @@
+"""Methods inside the language model: after some of its layers, visual tokens leave.
+
+The stock loop over the layers goes on as ever. From the first point on, every layer gets mask, rotary table and
+positions of what is left; what is known between layers, a `Run`, rides along with their arguments, and is kept by the
+number of the layer, so that a layer can be computed anew (gradient checkpointing).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from laco.families.reduction.cache import ReducedCacheLayer
+from laco.families.reduction.kept import Kept, kept_mask
+from laco.families.reduction.prompt import Prompt
+from laco.methods import DecoderMethod, DecoderSignals, Plan
+from laco.methods.decoder import Step, attention_logits
+
+
+class DroppingLayer(nn.Module):
+    """Mixin of a layer of a language model whose input may have lost tokens. `number` counts layers from 0."""
+
+    _laco_stock: ClassVar[type]
+    number: int
+    self_attn: Any
+    mlp: Any
+
+    def forward(self, hidden_states: Tensor, *args: Any, reduction: "Run | None" = None, **kwargs: Any) -> Any:
+        if reduction is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        hidden_states, kwargs = reduction.enter(self.number, hidden_states, kwargs)
+        seen: list[Step] = []
+        hooks = []
+        if reduction.observes(self.number):
+            hooks = [
+                part.register_forward_hook(
+                    lambda _, given, named, out: seen.append(
+                        Step(
+                            named["hidden_states"] if "hidden_states" in named else given[0],
+                            out[0] if isinstance(out, tuple) else out,
+                        )
+                    ),
+                    with_kwargs=True,
+                )
+                for part in (self.self_attn, self.mlp)
+            ]
+        try:
+            out = super().forward(hidden_states, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if seen:
+            reduction.observe(self.number, seen)
+        return out
+
+
+@cache
+def dropping(kind: Any) -> Any:
+    return type(f"Dropping{kind.__name__}", (DroppingLayer, kind), {"__module__": __name__, "_laco_stock": kind})
+
+
+class Run:
+    """One call of a language model in which a method drops tokens.
+
+    Args:
+        method: what drops them.
+        model: the language model.
+        kept: the tokens that enter it.
+        mask: as it was given for all tokens, and `read`, how many were read before.
+        past: the cache, if there is one.
+        prompt: where visual tokens are; None if none are to be dropped, as in later steps of decoding.
+    """
+
+    def __init__(
+        self,
+        method: DecoderMethod,
+        model: Any,
+        kept: Kept,
+        mask: Any,
+        read: int,
+        past: Cache | None,
+        prompt: Prompt | None,
+    ) -> None:
+        self.method, self.model, self.mask, self.read, self.past = method, model, mask, read, past
+        self.layers: Sequence[Any] = model.layers
+        self.module = model.trained_module("decoder")
+        self.prompt = prompt
+        self.points = method.points(len(self.layers))
+        self.kept: list[Kept] = [kept]  # before the first point, and after each
+        self.plans: list[list[tuple[Tensor, Plan | None, Tensor]]] = []
+        self.masks: dict[int, Any] = {}
+        self.before: Tensor | None = None
+        self.tables: dict[str, Any] = {}
+        self.memory: dict[int, Any] = {}
+        self.original: list[int] = []
+        self.observed: set[int] = set()
+        self.batch = len(kept.columns_BK)
+
+    def stage(self, number: int) -> int:
+        """How many points lie before a layer."""
+        return sum(point <= number for point in self.points)
+
+    def kept_at(self, number: int) -> Kept:
+        """What a layer computes; of one past the last, what the language model puts out."""
+        return self.kept[min(self.stage(number), len(self.kept) - 1)]
+
+    def observes(self, number: int) -> bool:
+        return (
+            self.prompt is not None and number not in self.observed and number in self.method.observed(len(self.layers))
+        )
+
+    # What a layer gets.
+
+    def enter(self, number: int, x_BKD: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The input and the arguments of a layer for the tokens that are left."""
+        if number == 0:
+            self.begin(x_BKD, kwargs)
+        if self.prompt is not None and number in self.points:
+            x_BKD = self.drop(self.points.index(number), number, x_BKD)
+        if self.prompt is not None and number + 1 in self.points:
+            self.before = x_BKD.detach()
+        stage = self.stage(number)
+        if not stage:
+            return x_BKD, kwargs
+        kept = self.kept_at(number)
+        return x_BKD, {**kwargs, **self.narrowed(kept, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
+
+    def narrowed(self, kept: Kept, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions and rotary tables of some of the tokens that entered the model."""
+        if kept is self.kept[0]:
+            return {}
+        slot_BK = self.kept[0].slots(kept.columns_BK)
+        out: dict[str, Any] = {}
+        if (positions := kwargs.get("position_ids")) is not None:
+            out["position_ids"] = pick(positions[..., None], slot_BK)[..., 0]
+        if (tables := kwargs.get("position_embeddings")) is not None:
+            out["position_embeddings"] = tuple(pick(table, slot_BK) for table in tables)
+        return out
+
+    def mask_of(self, stage: int, number: int, x_BKD: Tensor) -> Any:
+        """The mask of a layer in the form that its attention takes; all layers between two points share it."""
+        if stage not in self.masks:
+            kept, layer = self.kept_at(number), None if self.past is None else self.past.layers[number]
+            held = layer if isinstance(layer, ReducedCacheLayer) else None
+            cache = None
+            if layer is not None:
+                cache = DynamicCache()
+                cache.layers = [layer]
+            self.masks[stage] = create_causal_mask(
+                config=self.model.config,
+                inputs_embeds=x_BKD,
+                attention_mask=kept_mask(self.mask, kept, held, self.read),
+                past_key_values=cache,
+                position_ids=None,
+            )
+        return self.masks[stage]
+
+    # What is dropped.
+
+    def begin(self, x_BKD: Tensor, kwargs: dict[str, Any]) -> None:
+        self.tables = kwargs
+        if self.prompt is None or self.original:
+            return
+        for row in range(self.batch):
+            slots, visual = self.prompt_tokens(row, self.kept[0])
+            self.original.append(len(visual))
+            signals = DecoderSignals(visual=visual, length=len(slots), embeddings=x_BKD.detach()[row, slots])
+            self.memory[row] = self.method.start(signals) if len(visual) else None
+
+    def prompt_tokens(self, row: int, kept: Kept) -> tuple[Tensor, Tensor]:
+        """(L,) the slots of a sample that hold its prompt, and (N,) which of those are visual."""
+        assert self.prompt is not None
+        columns_K = kept.columns_BK[row]
+        there_K = (columns_K >= 0) & (columns_K < self.prompt.end_B[row]) & self.prompt.real_BL[row, columns_K]
+        slots = there_K.nonzero().flatten()
+        return slots, self.prompt.visual_BL[row, columns_K[slots]].nonzero().flatten()
+
+    @torch.no_grad()
+    def observe(self, number: int, steps: list[Step]) -> None:
+        self.observed.add(number)
+        for row in range(self.batch):
+            slots, visual = self.prompt_tokens(row, self.kept_at(number))
+            if len(visual):
+                mine = [Step(step.read[row, slots], step.put_out[row, slots]) for step in steps]
+                self.memory[row] = self.method.observe(self.memory[row], *mine)
+
+    def drop(self, stage: int, number: int, x_BKD: Tensor) -> Tensor:
+        """The input of a layer without the tokens that leave before it."""
+        kept = self.kept[stage]
+        if len(self.plans) == stage:
+            self.plans.append([self.plan(row, stage, number, x_BKD) for row in range(self.batch)])
+            self.kept.append(kept.after([order for order, _, _ in self.plans[stage]]))
+        rows = []
+        for row, (order, plan, visual) in enumerate(self.plans[stage]):
+            x_KD = x_BKD[row]
+            if plan is not None and plan.weights is not None:
+                merged = plan(x_KD[visual])
+                x_KD = x_KD.index_copy(0, visual[plan.kept], merged)
+            rows.append(x_KD[order])
+        most = max(len(row) for row in rows)
+        return torch.stack([nn.functional.pad(row, (0, 0, most - len(row), 0)) for row in rows])
+
+    @torch.no_grad()
+    def plan(self, row: int, stage: int, number: int, x_BKD: Tensor) -> tuple[Tensor, Plan | None, Tensor]:
+        """Of a sample: the slots that stay, in order; the plan; the slots of its visual tokens of now."""
+        kept, method = self.kept[stage], self.method
+        slots, visual = self.prompt_tokens(row, kept)
+        real = (kept.columns_BK[row] >= 0).nonzero().flatten()
+        if not len(visual):
+            return real, None, visual
+        signals = self.signals(row, stage, number, x_BKD, slots, visual)
+        plan = method(signals, stage, self.module)
+        order = signals.rows(plan)
+        self.memory[row] = method.after(self.memory.get(row), order)
+        behind = real[real > slots[-1]]  # answers; padding in front of the prompt leaves too
+        return torch.cat([slots[order], behind]), plan, slots[visual]
+
+    def signals(
+        self, row: int, stage: int, number: int, x_BKD: Tensor, slots: Tensor, visual: Tensor
+    ) -> DecoderSignals:
+        """What the method looks at, of a sample's prompt, which is in these slots."""
+        kept, method = self.kept[stage], self.method
+        hidden_LD = x_BKD[row, slots]
+        assert self.before is not None
+        last = method.attention_layer == "last"
+        layer = self.layers[number - 1 if last else number]
+        tables: tuple[Tensor, Tensor] = (self.tables | self.narrowed(kept, self.tables))["position_embeddings"]
+        cos, sin = (at(table, row)[..., slots, :] for table in tables)
+        rotary = (cos, sin) if cos.ndim == 2 else (cos[0], sin[0])  # of M-RoPE in three tables, that of time
+        q_HLd, k_GLd = queries_keys(layer, (self.before[row, slots] if last else hidden_LD), cos, sin)
+        signals = DecoderSignals(
+            visual=visual,
+            length=len(slots),
+            original=self.original[row],
+            hidden=self.model.norm(hidden_LD) if method.final_norm else hidden_LD,
+            keys=k_GLd,
+            rotary=rotary,
+            memory=self.memory.get(row),
+        )
+        rows_M = method.queries(signals)
+        logits_HML = attention_logits(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling)
+        return replace(signals, logits=logits_HML, attention=logits_HML.softmax(dim=-1))
+
+
+def pick(x: Tensor, slot_BK: Tensor) -> Tensor:
+    """(..., B or 1, L, d) -> (..., B, K, d)."""
+    x = x.expand(*x.shape[:-3], len(slot_BK), *x.shape[-2:])
+    return x.gather(-2, slot_BK[..., None].expand(*x.shape[:-3], *slot_BK.shape, x.shape[-1]))
+
+
+def at(x: Tensor, row: int) -> Tensor:
+    """(..., B or 1, L, d) -> (..., L, d)."""
+    return x[..., row if x.shape[-3] > 1 else 0, :, :]
+
+
+def queries_keys(layer: Any, x_LD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, L, d) queries and (G, L, d) keys, rotated, that a layer computes for its input."""
+    attention = layer.self_attn
+    x_1LD = layer.input_layernorm(x_LD)[None]
+    q_1HLd, k_1GLd = (
+        norm(project(x_1LD).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+        for project, norm in (
+            (attention.q_proj, getattr(attention, "q_norm", nn.Identity())),
+            (attention.k_proj, getattr(attention, "k_norm", nn.Identity())),
+        )
+    )
+    # Every family rotates by a function of its own module.
+    module = sys.modules[stock_class(type(attention)).__module__]
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+    sections = getattr(module, "apply_multimodal_rotary_pos_emb", None)
+    if sections is not None and cos.ndim == 4:
+        q_1HLd, k_1GLd = sections(q_1HLd, k_1GLd, cos, sin, layer.self_attn.config.rope_parameters["mrope_section"])
+    else:
+        q_1HLd, k_1GLd = module.apply_rotary_pos_emb(q_1HLd, k_1GLd, cos, sin)
+    return q_1HLd[0], k_1GLd[0]
+
+
+def stock_class(kind: type) -> type:
+    return getattr(kind, "_laco_stock", kind)

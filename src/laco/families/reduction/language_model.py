@@ -1,0 +1,174 @@
+"""The language model's share: rows of NaN leave its input, with mask, positions and cache.
+
+Outside, nothing changes its length: hidden states come out for every token of the input, where one was dropped that
+of the token before it, which is what predicts the next.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from laco.families.encoders.base import reset_compressor
+from laco.families.reduction.cache import ReducedCacheLayer, counting_entries, reduce_cache
+from laco.families.reduction.decoder import DroppingLayer, Run, dropping
+from laco.families.reduction.kept import entry
+from laco.families.reduction.prompt import PROMPT
+from laco.families.reduction.scoring import without_rest
+from laco.families.reduction.trained import kind_of, trained_modules
+from laco.methods import DecoderMethod, MergerModule, Method, Selector
+from laco.methods.question import QuestionSelector
+from laco.methods.selector import Positions
+
+
+class ReducedLanguageModel(PreTrainedModel):
+    """Mixin of a language model.
+
+    Attributes:
+        methods: a selector, a method inside the language model, or one of each.
+        compressor: their modules, by `kind_of`, if there are any.
+    """
+
+    _laco_stock: ClassVar[type]
+    methods: tuple[Method, ...] = ()
+    layers: nn.ModuleList
+
+    @property
+    def selector(self) -> Selector | None:
+        return next((method for method in self.methods if isinstance(method, Selector)), None)
+
+    @property
+    def method(self) -> DecoderMethod | None:
+        """What drops tokens between the layers."""
+        return next((method for method in self.methods if isinstance(method, DecoderMethod)), None)
+
+    @property
+    def positions(self) -> Positions:
+        """Of what stays: as in the full sequence, or counted anew."""
+        return next((method.positions for method in (self.selector, self.method) if method is not None), "keep")
+
+    def trained_module(self, kind: str) -> MergerModule | None:
+        """What a method of this kind trains."""
+        return dict(getattr(self, "compressor", {})).get(kind)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not reset_compressor(module, dict(getattr(self, "compressor", {})).values()):
+            super()._init_weights(module)
+
+    def stock_forward(self, **kwargs: Any) -> Any:
+        """Over an input of which nothing is to be taken out."""
+        return super().forward(**kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None
+        batch, length = inputs_embeds.shape[:2]
+        prompt = PROMPT.get()
+        if prompt is not None and (prompt.ids_BL.shape != (batch, length) or not prompt.visual_BL.any()):
+            prompt = None
+        if isinstance(self.selector, QuestionSelector) and prompt is not None:
+            inputs_embeds = without_rest(self, prompt, inputs_embeds, attention_mask, position_ids, kwargs)
+        keep_BL = ~inputs_embeds[..., 0].isnan()
+        first = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
+        past = first if isinstance(first, ReducedCacheLayer) else None
+        drops = self.method is not None and prompt is not None and bool((prompt.visual_BL & keep_BL).any())
+        if keep_BL.all() and past is None and not drops:
+            return super().forward(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+
+        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        kept, arguments, moved_B = entry(
+            keep_BL,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            kwargs,
+            positions=self.positions,
+            past=past,
+            read=read,
+        )
+        run = None
+        if self.method is not None:
+            run = Run(self.method, self, kept, attention_mask, read, past_key_values, prompt if drops else None)
+            arguments["reduction"] = run
+        with counting_entries(past_key_values):
+            outputs = super().forward(past_key_values=past_key_values, **arguments)
+        end = kept if run is None else run.kept_at(len(self.layers))
+        outputs.last_hidden_state = end.spread(outputs.last_hidden_state)
+        if outputs.past_key_values is not None:
+            reduce_cache(outputs.past_key_values, batch, read, keep_BL.device)
+            for index, layer in enumerate(outputs.past_key_values.layers):
+                there = kept if run is None else run.kept_at(index)
+                layer.extend(torch.where(there.real_BK, there.columns_BK + read, -1), read + length, moved_B)
+        return outputs
+
+
+@cache
+def extended(kind: Any) -> Any:
+    """The class of language models like this one that take rows of NaN out.
+
+    It has the name of the stock class, by which transformers knows which outputs of a model can be captured.
+    """
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_laco_stock": kind}
+    return type(kind.__name__, (ReducedLanguageModel, kind), named)
+
+
+def extend(model: Any, methods: Sequence[Method] = (), encoder_channels: int = 0) -> None:
+    """Makes a language model, in place, take rows of NaN out, and drop tokens before and between its layers.
+
+    Args:
+        methods: a selector, a method inside the language model, or one of each. Modules of those that it has already
+            stay.
+        encoder_channels: of the vision encoder's tokens, on which modules may depend.
+    """
+    present = {kind_of(method): method for method in getattr(model, "methods", ())}
+    modules = dict(getattr(model, "compressor", {}))
+    restore(model)
+    kind: Any = type(model)
+    model.__class__ = extended(kind)
+    model.methods = tuple(methods)
+    old = {kind for method in methods if present.get(kind := kind_of(method)) == method}
+    new = [method for method in methods if kind_of(method) not in old]
+    like = next(model.parameters())
+    with torch.device(like.device):
+        fresh = trained_modules(new, model.config, encoder_channels)
+    modules = {kind: module for kind, module in modules.items() if kind in old} | {
+        kind: module.to(like.dtype).train(model.training) for kind, module in fresh.items()
+    }
+    if modules:
+        model.compressor = nn.ModuleDict(modules)
+    if model.method is not None:
+        for index, layer in enumerate(model.layers):
+            kind = type(layer)
+            layer.__class__, layer.number = dropping(kind), index
+
+
+def restore(model: Any) -> None:
+    """Takes back what `extend` did."""
+    if isinstance(model, ReducedLanguageModel):
+        for layer in model.layers:
+            if isinstance(layer, DroppingLayer):
+                layer.__class__ = type(layer)._laco_stock
+                del layer.number
+        model.__class__ = type(model)._laco_stock
+        del model.methods
+        if hasattr(model, "compressor"):
+            del model.compressor

@@ -1,0 +1,212 @@
+"""Models of a family whose configuration names methods behind the encoder or inside the language model."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar
+from functools import wraps
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from laco.errors import LacoError
+from laco.families.encoders import encoder_of
+from laco.families.reduction.language_model import extend
+from laco.families.reduction.layout import Choice, laid_out, starts
+from laco.families.reduction.pictures import Pictures, View
+from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
+from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, tapped
+from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
+from laco.methods.question import QuestionSelector
+
+# Inside of a model's own call of `get_image_features`, of which the family's code may make several.
+PASSING: ContextVar[bool] = ContextVar("laco_passing", default=False)
+
+
+class ReducedConfig(PreTrainedConfig):
+    """Mixin of a configuration.
+
+    Args:
+        reduction: `Method.to_dict` of a selector, a method inside the language model, or one of each.
+    """
+
+    reduction: list[dict[str, Any]] | None = None
+
+    @property
+    def reductions(self) -> list[Method]:
+        return [from_dict(data) for data in self.reduction or []]
+
+    @property
+    def selector(self) -> Selector | None:
+        return next((method for method in self.reductions if isinstance(method, Selector)), None)
+
+    @property
+    def decoder_method(self) -> DecoderMethod | None:
+        return next((method for method in self.reductions if isinstance(method, DecoderMethod)), None)
+
+
+def with_signature_of(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)  # Trainer and generate ask for the names of the arguments
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
+class KeepsSignatures:
+    """Mixin: methods named in `around` call the stock class's and look like them."""
+
+    around: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = next((kind for kind in cls.__mro__ if kind.__module__.startswith("transformers.models.")), None)
+        for name in cls.around:
+            if stock is not None and (theirs := getattr(stock, name, None)) is not None:
+                ours = next(vars(kind)[name] for kind in cls.__mro__ if "around" in vars(kind) and name in vars(kind))
+                setattr(cls, name, with_signature_of(theirs, ours))
+
+
+class ReducedModel(KeepsSignatures, PreTrainedModel):
+    """Mixin of a model without its language-model head. Class data: `pictures`."""
+
+    around = ("forward", "get_image_features", "get_video_features")
+    pictures: ClassVar[Pictures]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.extend_language_model()
+
+    def extend_language_model(self) -> None:
+        """Makes the language model read what the configuration's methods leave."""
+        encoder = self.pictures.encoder(self).config
+        channels = encoder_of(encoder).width(encoder)
+        extend(self.pictures.language_model(self), self.config.reductions, channels)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = signature(super().forward).bind(*args, **kwargs).arguments
+        if (input_ids := given.get("input_ids")) is None:
+            return super().forward(*args, **kwargs)
+        prompt = prompt_of(self, input_ids, given.get("attention_mask"))
+        handed = [*(given.get("mm_encoder_outputs") or {}).values()]
+        if (hand_over := vars(self).get("get_image_features")) is not None:  # `compat.given_features` before 5.18
+            handed.append(hand_over())
+        prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
+        with within(PROMPT, prompt):
+            return super().forward(*args, **kwargs)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.selected(super().get_image_features, args, kwargs, video=False)  # type: ignore[misc]
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.selected(super().get_video_features, args, kwargs, video=True)  # type: ignore[misc]
+
+    def selected(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any], video: bool) -> Any:
+        """Features of pictures as `run` gives them, rows of NaN where the selector leaves a token out."""
+        selector = self.config.selector
+        if selector is None or PASSING.get():
+            return run(*args, **kwargs)
+        inputs = signature(run).bind(*args, **kwargs).arguments
+        as_dict = kwargs.pop("return_dict", None)
+        pictures, needed = self.pictures, set(selector.needs)
+        if selector.applies_to == "features":
+            needed.add("features")
+        taps = needed & FROM_ENCODER
+        with tapped(pictures.read_layer(self, inputs)) if taps else nullcontext() as tap, within(PASSING, True):
+            outputs = run(*args, **kwargs, return_dict=True)
+        tokens = pictures.tokens(self, outputs.pooler_output)
+        if any(row.isnan().any() for row in tokens):
+            raise LacoError("the vision encoder or the projector puts out NaN")
+        lengths = [len(row) for row in tokens]
+        views = pictures.views(self, lengths, inputs, video)
+        if isinstance(selector, QuestionSelector):
+            # It chooses in the language model.
+            outputs.encoded = Encoded(self.placeholder(video), lengths, views, [()] * len(lengths))
+            if (prompt := PROMPT.get()) is not None:
+                prompt.encoded.append(outputs.encoded)
+            return outputs.to_tuple() if as_dict is False else outputs
+        fields = from_encoder(pictures, self, tap, len(tokens), inputs, video, taps) if tap else [{} for _ in tokens]
+        owners = self.owners(tokens, video) if "text" in needed else [None] * len(tokens)
+        choices = [
+            [self.choice(selector, *parts, rows, field, owner) for parts in zip(own, starts(own), strict=True)]
+            for own, rows, field, owner in zip(views, tokens, fields, owners, strict=True)
+        ]
+        project = (lambda x: pictures.project(self, x)) if pictures.by_token and not video else None
+        outputs.pooler_output = pictures.like(
+            [laid_out(rows, own, project) for rows, own in zip(tokens, choices, strict=True)], outputs.pooler_output
+        )
+        if (levels := getattr(outputs, "deepstack_features", None)) is not None:
+            outputs.deepstack_features = [
+                pictures.like(
+                    [laid_out(*pair) for pair in zip(pictures.tokens(self, level), choices, strict=True)], level
+                )
+                for level in levels
+            ]
+        return outputs.to_tuple() if as_dict is False else outputs
+
+    def choice(
+        self,
+        selector: Selector,
+        view: View,
+        first: int,
+        tokens: Tensor,
+        fields: Mapping[str, Rows],
+        owner: tuple[Prompt, int] | None,
+    ) -> Choice:
+        """What the selector leaves of a view, which begins at row `first` of what the encoder gave."""
+        if selector.video_only and view.grid.frames == 1:
+            raise LacoError(
+                f"{selector.name} compares frames of videos and would leave a still picture as it is; take another"
+            )
+        seen = {name: rows.of(first, view.grid.tokens) for name, rows in fields.items()}
+        prefix = len(next(iter(fields.values())).prefix) if fields else 0
+        if "cls_attention" in seen:
+            seen["cls_attention"] = seen["cls_attention"][prefix:].T
+        if "received" in seen:
+            seen["received"] = seen["received"][:, 0]
+        text = None if owner is None else owner[0].text(owner[1]).detach()
+        if text is not None and not len(text):
+            raise LacoError(f"{selector.name} needs text, but the prompt has none beside its pictures")
+        detached = {name: value.detach() for name, value in seen.items()}
+        signals = Signals(grid=view.grid, tokens=tokens[view.rows].detach(), text=text, **detached)
+        plan = selector(signals, self.pictures.language_model(self).trained_module("selector"))
+        if selector.applies_to == "tokens":
+            return Choice(view, plan, 0, None)
+        return Choice(view, plan, prefix, seen["features"])
+
+    def placeholder(self, video: bool) -> int:
+        """The token that stands for a row of a picture in a prompt."""
+        return self.config.video_token_id if video else self.config.image_token_id
+
+    def owners(self, tokens: list[Tensor], video: bool) -> list[tuple[Prompt, int]]:
+        """For each picture the prompt and the sample in which it stands."""
+        prompt, name = PROMPT.get(), self.config.selector.name
+        if prompt is None:
+            raise LacoError(f"{name} needs the question: give the model pictures and input_ids together")
+        samples = (prompt.ids_BL == self.placeholder(video)).nonzero()[:, 0]
+        ends = torch.tensor([len(row) for row in tokens]).cumsum(0)
+        return [(prompt, int(samples[int(end) - 1])) for end in ends]
+
+
+class ReducedForConditionalGeneration(KeepsSignatures, PreTrainedModel, GenerationMixin):
+    """Mixin of such a model with its language-model head: tells where the prompt ends."""
+
+    around = ("forward",)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        with within(ANSWERS, labels) if labels is not None else nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        run: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if ids is None:
+            return run(inputs, *args, **kwargs)
+        # Pictures may be encoded before the first forward.
+        with within(ANSWERS, ids.shape[1]):
+            prompt = prompt_of(self.base_model, ids, kwargs.get("attention_mask"))
+            with within(PROMPT, prompt):
+                return run(inputs, *args, **kwargs)

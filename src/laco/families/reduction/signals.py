@@ -1,0 +1,105 @@
+"""What selectors look at, gathered while the vision encoder runs."""
+
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from laco.families.encoders import encoder_of
+from laco.families.reduction.pictures import Pictures
+
+FROM_ENCODER = {"features", "keys", "queries", "cls_attention"}
+
+
+@dataclass
+class Tap:
+    """The layer whose output the projector reads: its input, its other arguments, its output; (T, P + N, C)."""
+
+    layer: Any
+    entered: Tensor | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    put_out: Tensor | None = None
+
+
+@contextmanager
+def tapped(layer: Any) -> Iterator[Tap]:
+    """Notes what passes through a layer while this lasts."""
+    tap = Tap(layer)
+
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap.entered = (args[0] if args else kwargs["hidden_states"]).detach()
+        names = ("hidden_states", "attention_mask")  # of layers that take the mask by place
+        tap.kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def leave(_: Any, args: Any, out: Any) -> None:
+        tap.put_out = out[0] if isinstance(out, tuple) else out
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Rows(NamedTuple):
+    """Values of one picture: (P, ...) of prefix tokens, (n, ...) of its rows, view after view."""
+
+    prefix: Tensor
+    rows: Tensor
+
+    def of(self, first: int, size: int) -> Tensor:
+        """(P + size, ...) of the view that begins at row `first`."""
+        return torch.cat([self.prefix, self.rows[first : first + size]])
+
+
+def rows_of(
+    pictures: Pictures, body: Any, x_TSC: Tensor, count: int, inputs: Mapping[str, Any], video: bool
+) -> list[Rows]:
+    """Values of the encoder's tokens as values of each of `count` pictures."""
+    config = pictures.encoder(body).config
+    prefix, tiles = encoder_of(config).prefix(config), pictures.tiles(body, count, inputs, video)
+    x_TSC = x_TSC if x_TSC.ndim == 3 else x_TSC[None]  # of a packed sequence
+    heads = [part[:, :prefix].mean(dim=0) for part in x_TSC.split(tiles)] if prefix else [x_TSC[0, :0]] * count
+    return list(map(Rows, heads, pictures.gathered(body, x_TSC[:, prefix:], inputs, video)))
+
+
+def from_encoder(
+    pictures: Pictures, body: Any, tap: Tap, count: int, inputs: Mapping[str, Any], video: bool, needs: Set[str]
+) -> list[dict[str, Rows]]:
+    """The fields of `Signals` that come from the encoder, for each of `count` pictures.
+
+    Attention stands by tokens, (n, H). Prefix tokens of a picture in tiles are the mean of its tiles'.
+    """
+    from laco.attention import cls_rows, received
+
+    config = pictures.encoder(body).config
+    kind = encoder_of(config)
+    prefix = kind.prefix(config)
+
+    def spread(x_TSC: Tensor) -> list[Rows]:
+        return rows_of(pictures, body, x_TSC, count, inputs, video)
+
+    assert tap.entered is not None
+    assert tap.put_out is not None
+    fields: dict[str, list[Rows]] = {}
+    if "features" in needs:
+        fields["features"] = spread(tap.put_out)
+    if needs & {"keys", "queries", "cls_attention"}:
+        with torch.no_grad():
+            q, k = kind.queries_keys(tap.layer, tap.entered, tap.kwargs)
+        for name, x in (("keys", k), ("queries", q)):
+            if name in needs:
+                both = spread(rearrange(x, "t h s d -> t s (h d)"))
+                fields[name] = [Rows(*(part.unflatten(-1, (x.shape[1], -1)) for part in rows)) for rows in both]
+        if "cls_attention" in needs and prefix:
+            fields["cls_attention"] = spread(rearrange(cls_rows(q, k), "t h s -> t s h"))
+        elif "cls_attention" in needs:
+            lengths = pictures.attending(tap.kwargs)
+            parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), strict=True) if lengths else [(q, k)]
+            fields["received"] = spread(torch.cat([received(*part) for part in parts], dim=1)[..., None])
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
