@@ -121,6 +121,27 @@ def test_llava_json(folder):
     assert samples[0].picture_key == samples[1].picture_key
 
 
+def test_clips_of_the_world_are_videos():
+    samples = load_samples("world-video", limit=10, seed=5)
+    assert Counter(s.family for s in samples) == {"motion": 3, "order": 3, "flash": 2, "static": 2}
+    assert all(s.video and len(s.images) == 8 for s in samples)
+    assert samples[0].id.startswith("world-video-test-5-0-")
+    again = load_samples("world-video", limit=10, seed=5)
+    assert [(s.question, s.answer) for s in again] == [(s.question, s.answer) for s in samples]
+    assert len({s.picture_key for s in samples}) < 10  # clips are shared by their questions
+    train = load_samples("world-video", "train", limit=10, seed=5)
+    assert [s.answer for s in train] != [s.answer for s in samples]
+
+
+def test_a_line_may_be_about_a_video(folder):
+    frames = [f"images/{index}.png" for index in range(3)]
+    row = {"image": frames, "question": "q", "answer": "a"}
+    write_rows(folder / "things.jsonl", [{**row, "video": True}, row])
+    video, several = load_samples(folder)
+    assert (video.video, several.video) == (True, False)
+    assert [path.name for path in video.images] == ["0.png", "1.png", "2.png"]
+
+
 def test_world_is_even_seeded_and_held_out():
     samples = load_samples("world", limit=30, seed=5)
     counts = Counter(s.family for s in samples)

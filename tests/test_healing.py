@@ -75,6 +75,20 @@ def test_the_first_stage_trains_what_there_is(
     assert recipe.data.seed != recipe_of(Job(variant=row, seed=4, protocol=protocol), tmp_path / "model").data.seed
 
 
+@pytest.mark.parametrize(
+    ("method", "weight", "questions"),
+    [(laco.LaCo(), 0, 8), (laco.methods.FlexSelect(), 0, 8), (laco.methods.GlimpsePrune(depth=0.5), 1, 1)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_methods_with_a_loss_of_their_own_are_taught_by_it(
+    talker_directory: Path, tmp_path: Path, method: laco.Method, weight: float, questions: int
+) -> None:
+    job = Job(variant=variant(method), seed=0, protocol=Protocol(model=str(talker_directory)))
+    first, second = recipe_of(job, tmp_path / "model").stages
+    assert {first.method_loss, second.method_loss} == {weight}
+    assert {first.questions, second.questions} == {questions}
+
+
 def test_halved_pictures_lose_detail_and_stay_shared() -> None:
     samples = load_samples("world", limit=14, seed=0)
     found = with_less_detail(samples, 2)

@@ -1,8 +1,9 @@
-"""Questions about pictures, from files or from the embedded world.
+"""Questions about pictures and videos, from files or from the embedded world.
 
 Read are: JSONL (one object a line: image, question, answer, and where present id, family or category,
-split), a directory that holds one such file, LLaVA JSON (a list of {image, conversations}), and the word
-"world". Pictures stay paths until they are asked for. Nothing in a data file is executed.
+split, and video: true where the pictures are the frames of one), a directory that holds one such file, LLaVA
+JSON (a list of {image, conversations}), and the words "world" and "world-video". Pictures stay paths until
+they are asked for. Nothing in a data file is executed.
 """
 
 import json
@@ -21,6 +22,7 @@ from laco.errors import LacoError
 from laco.pictures import open_picture
 
 DEFAULT_LIMIT = 1000
+WORLDS = ("world", "world-video")  # the embedded pictures, and the embedded clips
 Entry = TypeVar("Entry", bound=BaseModel)
 
 
@@ -28,7 +30,8 @@ Entry = TypeVar("Entry", bound=BaseModel)
 class Sample:
     """A question with its answer and pictures (paths, opened when needed, or PIL pictures).
 
-    `family` groups questions that are scored together; `extra` holds all further fields of a file's line.
+    `family` groups questions that are scored together; `extra` holds all further fields of a file's line. `video`:
+    the pictures are the frames of one video, in their order.
     """
 
     id: str
@@ -37,6 +40,7 @@ class Sample:
     answer: str
     family: str
     extra: dict[str, Any] = field(default_factory=dict)
+    video: bool = False
 
     @property
     def picture_key(self) -> tuple[Path | int, ...]:
@@ -60,6 +64,7 @@ class Row(BaseModel):
     family: str | None = None
     category: str | None = None
     split: str | None = None
+    video: bool = False
 
 
 class Turn(BaseModel):
@@ -87,8 +92,8 @@ def load_samples(source: str | Path, split: str | None = None, limit: int | None
     """Loads questions.
 
     Args:
-        source: "world", a .jsonl file, a directory that holds exactly one, or a LLaVA .json file. Pictures
-            are looked for relative to the file.
+        source: "world", "world-video", a .jsonl file, a directory that holds exactly one, or a LLaVA .json
+            file. Pictures are looked for relative to the file.
         split: only lines of this split; all by default. Of the world: "test" (the default) or "train".
         limit: at most so many, spread as evenly over the families as they allow; of the world 1000 by
             default.
@@ -100,8 +105,8 @@ def load_samples(source: str | Path, split: str | None = None, limit: int | None
     """
     if limit is not None and limit < 1:
         raise LacoError(f"the number of samples is 1 or more; got {limit}")
-    if str(source) == "world":
-        return world_samples(split or "test", DEFAULT_LIMIT if limit is None else limit, seed)
+    if str(source) in WORLDS:
+        return world_samples(split or "test", DEFAULT_LIMIT if limit is None else limit, seed, str(source))
     path = find_file(Path(source))
     if not path.stat().st_size:
         raise LacoError(f"{path} is empty")
@@ -128,22 +133,24 @@ def spread(samples: list[Sample], limit: int, seed: int) -> list[Sample]:
     return [samples[index] for index in sorted(index for _, index in ranks[:limit])]
 
 
-def world_samples(split: str, limit: int, seed: int) -> list[Sample]:
-    """`limit` questions about pictures of the embedded world, spread evenly over its families."""
-    from laco.world import FAMILIES, World
+def world_samples(split: str, limit: int, seed: int, source: str = "world") -> list[Sample]:
+    """`limit` questions about pictures or clips of the embedded world, spread evenly over its families."""
+    from laco.world import CLIP_FAMILIES, FAMILIES, Clips, World
 
-    world = World(seed=seed, split=split)
-    wanted = {name: limit // len(FAMILIES) + (i < limit % len(FAMILIES)) for i, name in enumerate(FAMILIES)}
+    video = source == "world-video"
+    world = (Clips if video else World)(seed=seed, split=split)
+    families = CLIP_FAMILIES if video else FAMILIES
+    wanted = {name: limit // len(families) + (i < limit % len(families)) for i, name in enumerate(families)}
     samples: list[Sample] = []
     index = 0
     while len(samples) < limit:
         shown = world[index]
-        picture = shown.picture
+        pictures = tuple(shown.pictures)
         for number, (family, question, answer) in enumerate(shown.questions):
             if wanted[family]:
                 wanted[family] -= 1
-                name = f"world-{split}-{seed}-{index}-{number}"
-                samples.append(Sample(name, (picture,), question, answer, family))
+                name = f"{source}-{split}-{seed}-{index}-{number}"
+                samples.append(Sample(name, pictures, question, answer, family, video=video))
         index += 1
     return samples
 
@@ -153,7 +160,7 @@ def find_file(path: Path) -> Path:
     if not path.exists():
         raise LacoError(
             f"there is no data at {path}; name a .jsonl file, a directory that holds one, a LLaVA .json file,"
-            ' or "world" for the embedded pictures'
+            ' or "world" or "world-video" for the embedded pictures or clips'
         )
     if not path.is_dir():
         return path
@@ -182,6 +189,7 @@ def read_jsonl(path: Path) -> Iterator[Sample]:
                 answer=str(row.answer),
                 family=row.family or row.category or path.stem,
                 extra=extra,
+                video=row.video,
             )
 
 

@@ -42,6 +42,7 @@ from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import FamilyScore, Report, evaluate
 from laco.evaluate.scores import wilson
+from laco.families.reduction.lesson import Taught
 from laco.files import write_file
 from laco.methods import AveragePool, LaCo, LDPv2, Method, PixelShuffle, RandomKeep, TokenPacker, from_dict
 from laco.pictures import down_sampled
@@ -383,7 +384,11 @@ def do_job(directory: Path, reference: Path) -> None:
 def recipe_of(job: Job, output: Path) -> Recipe:
     """The two stages of the paper as a recipe of `laco train`."""
     protocol = job.protocol
-    stage = {"batch_size": protocol.batch_size, "questions": protocol.questions}
+    stage: dict[str, Any] = {"batch_size": protocol.batch_size, "questions": protocol.questions}
+    method = from_dict(job.method) if job.method else None
+    has_boxes = protocol.train_data == "world"
+    if isinstance(method, Taught) and method.trained and (has_boxes or method.learns_from != "boxes"):
+        stage |= {"method_loss": 1.0, "questions": 1}  # its own loss is about one question
     new = trained_groups(job) & {"compressor", "projector"}
     recipe = {
         "output": str(output),

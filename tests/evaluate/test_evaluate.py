@@ -13,6 +13,7 @@ from laco.errors import LacoError
 from laco.evaluate import answer, evaluate, prompt
 from laco.evaluate.generation import encode, greedy
 from laco.families.compat import TAKES_FEATURES
+from laco.frames import LlavaOnevisionFramesProcessor
 
 QUESTIONS = ("hi?", "what is it?", "which word is written?")
 
@@ -28,7 +29,7 @@ def make_samples(pictures=4, families=("reading", "counting")):
 
 def one_by_one(model, processor, sample, tokens):
     """The plain way: one question, pixels given to `generate`, no padding, no cache."""
-    inputs = encode(processor, [sample.question], [sample.pictures()])
+    inputs = encode(processor, [sample.question], [sample.pictures()], [sample.video])
     arguments = {**greedy(processor, model, tokens), "use_cache": False}
     output = model.generate(**inputs, **arguments)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -72,6 +73,59 @@ def test_each_picture_is_encoded_once(talker, monkeypatch):
     )
     answer(model, processor, make_samples(pictures=4), batch_size=6, max_new_tokens=2, progress=False)
     assert rows == [2, 2]
+
+
+def video_talker():
+    """A tiny LLaVA-OneVision that is asked about videos."""
+    model, stock = tiny.llava_onevision()
+    settings = {name: getattr(stock, name) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")}
+    return model, LlavaOnevisionFramesProcessor(stock.image_processor, stock.tokenizer, num_image_tokens=36, **settings)
+
+
+def video_samples():
+    clips = [tuple(tiny.picture(10 * clip + frame) for frame in range(3)) for clip in range(3)]
+    return [Sample(f"{i}-{q}", clip, q, "no", "f", video=True) for q in QUESTIONS for i, clip in enumerate(clips)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_videos_are_answered_as_one_by_one_and_encoded_once(batch_size, monkeypatch):
+    model, processor = video_talker()
+    samples = video_samples()
+    with torch.inference_mode():
+        expected = [one_by_one(model, processor, sample, 4) for sample in samples]
+    rows = []
+    run = model.model.vision_tower.forward
+    monkeypatch.setattr(
+        model.model.vision_tower, "forward", lambda pixels, **kw: rows.append(len(pixels)) or run(pixels, **kw)
+    )
+    answers = answer(model, processor, samples, batch_size=batch_size, max_new_tokens=4, progress=False)
+    assert answers.texts == expected
+    assert len(set(expected)) > 4  # videos and questions matter
+    assert set(answers.visual_tokens) == {3 * 9 + 1}
+    if batch_size == 32 and TAKES_FEATURES:
+        assert rows == [3 * 3]
+
+
+def test_videos_pictures_and_text_in_one_batch():
+    model, processor = video_talker()
+    first, *_, last = video_samples()
+    mixed = [first, Sample("p", (tiny.picture(0),), "what?", "no", "f"), last, Sample("t", (), "what?", "no", "f")]
+    answers = answer(model, processor, mixed, max_new_tokens=4, progress=False)
+    with torch.inference_mode():
+        assert answers.texts == [one_by_one(model, processor, sample, 4) for sample in mixed]
+    assert answers.visual_tokens[0] == answers.visual_tokens[2] == 3 * 9 + 1
+    assert answers.visual_tokens[3] == 0
+
+
+def test_a_selector_leaves_fewer_tokens_of_videos():
+    model, processor = laco.compress(*video_talker(), laco.DivPrune(keep=0.5))
+    answers = answer(model, processor, video_samples(), max_new_tokens=2, progress=False)
+    assert all(10 < count < 20 for count in answers.visual_tokens)
+
+
+def test_a_model_without_videos_says_so(talker):
+    with pytest.raises(LacoError, match="LlavaProcessor takes no videos"):
+        evaluate(*talker, "world-video", samples=4, progress=False)
 
 
 def test_report_counts_hits_by_family(talker):
@@ -155,6 +209,7 @@ def test_prompts(talker):
     assert prompt(processor, "what?", 2) == "<image><image>what? "
     processor.chat_template = None
     assert prompt(processor, "what?", 2) == "<image>\n<image>\nwhat?"
+    assert prompt(video_talker()[1], "what?", 8, video=True) == "<video>\nwhat?"
 
 
 def test_training_mode_and_generation_config_do_not_matter(talker):

@@ -106,12 +106,21 @@ def test_counts_are_known_before(method, keep):
 
 @counted
 def test_the_whole_budget_changes_nothing(method):
-    for keep in (1.0, N, N + 5):
+    for keep in (1.0, N):
         method = replace(method, keep=keep)
         signals = ready(method, sample())
         plan = method(signals)
         assert torch.equal(signals.rows(plan), torch.arange(L))
         assert torch.equal(signals.apply(plan, signals.hidden), signals.hidden)
+
+
+@every
+def test_more_than_all_tokens_cannot_stay(method):
+    if method.name == "glimpse_prune":
+        pytest.skip("its keep is a limit")
+    method = replace(method, keep=N + 5)
+    with pytest.raises(LacoError, match=f"{method.name} cannot keep {N + 5} of {N} visual tokens"):
+        method(ready(method, sample()))
 
 
 @every

@@ -25,6 +25,11 @@ GOOD = {"output": "out", "model": "m", "stages": [ANSWER]}
         ({"stages": [ANSWER | {"steps": 0}]}, "stages.0.steps"),
         ({"stages": [ANSWER | {"questions": 0}]}, "nothing to learn"),
         ({"data": {"source": "d.jsonl"}, "stages": [ANSWER | {"dense": 1}]}, "world only"),
+        ({"stages": [ANSWER | {"stills": 0.5}]}, "world-video only"),
+        ({"stages": [ANSWER | {"pictures": 0.5}]}, "world-video only"),
+        ({"data": {"source": "world-video"}, "model": None, "new": NEW}, "architecture: llava_onevision"),
+        ({"data": {"source": "world-video"}, "stages": [ANSWER | {"dense": 1}]}, "world only"),
+        ({"new": NEW | {"architecture": "llava_next"}, "model": None}, "new.architecture"),
         ({"precision": "fp8"}, "precision"),
     ],
 )

@@ -1,8 +1,9 @@
-"""Answers of a model, many questions at a time: prompts, batches with left padding, pictures encoded once.
+"""Answers of a model, many questions at a time: prompts, batches with left padding, pictures and videos encoded once.
 
 Everything here goes through the public interface of transformers (processor, `get_image_features`,
-`generate`), so it knows neither families nor methods, and treats stock and compressed models alike. Models
-and processors are `Any`: the annotations of transformers do not know what its subclasses add.
+`get_video_features`, `generate`), so it knows neither families nor methods, and treats stock and compressed
+models alike. Models and processors are `Any`: the annotations of transformers do not know what its
+subclasses add.
 """
 
 import inspect
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import BatchFeature, Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+import laco.frames  # noqa: F401  from here on AutoProcessor knows its processor
 from laco.data import Sample
 from laco.errors import LacoError
 from laco.families import FAMILIES
@@ -32,11 +34,20 @@ class Answers(NamedTuple):
     visual_tokens: list[float]
 
 
-def prompt(processor: Any, question: str, pictures: int = 1) -> str:
-    """The text that asks, pictures first: by chat template, or `<image>\\nquestion` without one."""
+def prompt(processor: Any, question: str, pictures: int = 1, video: bool = False) -> str:
+    """The text that asks, pictures first: by chat template, or `<image>\\nquestion` without one.
+
+    `video`: the pictures are the frames of one video, for which one placeholder stands.
+
+    Raises:
+        LacoError: a processor without videos is to ask about one.
+    """
+    if video and getattr(processor, "video_token", None) is None:
+        raise LacoError(f"{type(processor).__name__} takes no videos; ask a model of a family that does")
+    kind, token, count = ("video", "video_token", 1) if video else ("image", "image_token", pictures)
     if getattr(processor, "chat_template", None) is None:
-        return f"{processor.image_token}\n" * pictures + question
-    content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+        return f"{getattr(processor, token)}\n" * count + question
+    content = [{"type": kind}] * count + [{"type": "text", "text": question}]
     turns = [{"role": "user", "content": content}]
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
@@ -47,58 +58,85 @@ def check_answers(processor: Any) -> None:
         raise LacoError("a vision encoder alone answers no questions; this needs a vision-language model")
 
 
-def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> BatchFeature:
-    """Tensors for a batch of questions, padded on the left, each with its own list of RGB pictures."""
+def encode(
+    processor: Any,
+    questions: Sequence[str],
+    pictures: Sequence[Sequence[Image.Image]],
+    videos: Sequence[bool] | None = None,
+) -> BatchFeature:
+    """Tensors for a batch of questions, padded on the left, each with its own list of RGB pictures.
+
+    `videos` says of each list whether it is the frames of one video; by default none is.
+    """
     check_answers(processor)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so its value does not matter
-    texts = [prompt(processor, asked, len(shown)) for asked, shown in zip(questions, pictures, strict=True)]
+    videos = [False] * len(pictures) if videos is None else videos
+    rows = list(zip(questions, pictures, videos, strict=True))
+    clips = [list(frames) for _, frames, video in rows if video]
     return processor(
-        text=texts,
-        images=[list(shown) for shown in pictures if shown] or None,  # nested: some treat several unlike one
+        text=[prompt(processor, asked, len(shown), video) for asked, shown, video in rows],
+        # nested: some treat several pictures unlike one
+        images=[list(shown) for _, shown, video in rows if shown and not video] or None,
         padding=True,
         padding_side="left",
         return_tensors="pt",
+        **({"videos": clips} if clips else {}),
     )
 
 
 def split_inputs(model: Any, inputs: BatchFeature) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs of the vision encoder (what `get_image_features` takes), and the others.
+    """The inputs of the vision encoder (what `get_image_features` and `get_video_features` take), and the others.
 
     Grids of pictures are among both: the language model's positions follow from them (M-RoPE of Qwen).
     """
-    takes = inspect.signature(model.base_model.get_image_features).parameters
+    takes = {name for kind in ("image", "video") for name in _parameters(model, kind)}
     seen = {name: value for name, value in inputs.items() if name in takes}
-    others = {name: value for name, value in inputs.items() if name not in takes or name == "image_grid_thw"}
+    grids = ("image_grid_thw", "video_grid_thw")
+    others = {name: value for name, value in inputs.items() if name not in takes or name in grids}
     return seen, others
 
 
-def encode_once(model: Any, inputs: BatchFeature, pictures: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
-    """Replaces pixels by features, running the vision encoder once for each different picture object.
+def _parameters(model: Any, kind: str) -> set[str]:
+    """Names of what a model takes to encode pictures of a kind, "image" or "video"; empty where it does not."""
+    encoding = getattr(model.base_model, f"get_{kind}_features", None)
+    return set() if encoding is None else set(inspect.signature(encoding).parameters)
+
+
+def encode_once(
+    model: Any,
+    inputs: BatchFeature,
+    pictures: Sequence[Sequence[Image.Image]],
+    videos: Sequence[bool] | None = None,
+) -> dict[str, Any]:
+    """Replaces pixels by features, running the vision encoder once for each different picture object, or video.
 
     Args:
         inputs: a batch of questions, as `encode` makes it.
         pictures: the pictures of each question.
+        videos: as for `encode`.
 
     Returns:
-        Arguments for `generate`: the inputs as they are where a question has not exactly one picture, or
+        Arguments for `generate`: the inputs as they are where a question has not exactly one picture, or one video, or
         where rows of the pixels are not pictures (families that pack patches), or where transformers is too old, or
         where what is left of a picture depends on the question.
     """
     seen, others = split_inputs(model, inputs)
-    one_each = all(len(shown) == 1 for shown in pictures)
+    kind = "video" if videos and all(videos) else "image"
+    one_each = kind == "video" or (not any(videos or ()) and all(len(shown) == 1 for shown in pictures))
     family = next((family for family in FAMILIES if family.owns(model)), None)
     by_question = family is not None and family.reads_question(model.config)
     if by_question or not TAKES_FEATURES or not one_each or any(len(value) != len(pictures) for value in seen.values()):
         return dict(inputs)
-    names = [id(picture) for (picture,) in pictures]
+    names = [tuple(map(id, shown)) for shown in pictures]
     different = list(dict.fromkeys(names))
     rows = [names.index(name) for name in different]
     picked = {name: value[rows] for name, value in seen.items()}
-    features = model.get_image_features(**picked, return_dict=True).pooler_output
-    again = [features[different.index(name)] for name in names]
-    return {**others, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=again)}}  # type: ignore[arg-type]
+    features = getattr(model, f"get_{kind}_features")(**picked, return_dict=True).pooler_output
+    again: Any = [features[different.index(name)] for name in names]
+    again = torch.stack(again) if kind == "video" else again
+    return {**others, "mm_encoder_outputs": {kind: BaseModelOutputWithPooling(pooler_output=again)}}
 
 
 def greedy(processor: Any, model: Any, max_new_tokens: int) -> dict[str, Any]:
@@ -120,7 +158,9 @@ def count_visual_tokens(model: Any, inputs: BatchFeature, past: Cache | None = N
     `past` is its cache after the prompt. Without one: placeholder tokens, which is the same unless tokens are dropped
     behind the encoder or inside the language model.
     """
-    visual_BL = inputs["input_ids"] == model.config.image_token_id
+    placeholders = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    known = torch.tensor([token for token in placeholders if token is not None], device=inputs["input_ids"].device)
+    visual_BL = torch.isin(inputs["input_ids"], known)
     if (layers := kept_columns(past)) is None:
         return visual_BL.sum(dim=1).tolist()
     length = visual_BL.shape[1]
@@ -168,8 +208,9 @@ def answer(
             shown = {names[index]: samples[index].pictures() for index in batch}
             pictures = [shown[names[index]] for index in batch]
             questions = [samples[index].question for index in batch]
-            inputs = encode(processor, questions, pictures).to(model.device)
-            arguments = encode_once(model, inputs, pictures)
+            videos = [samples[index].video for index in batch]
+            inputs = encode(processor, questions, pictures, videos).to(model.device)
+            arguments = encode_once(model, inputs, pictures, videos)
             settings = greedy(processor, model, max_new_tokens)
             output = model.generate(**arguments, **settings, return_dict_in_generate=True)
             new = output.sequences[:, inputs["input_ids"].shape[1] :]

@@ -23,6 +23,7 @@ from laco.families.connector import Connector
 from laco.families.encoders import CompressedVisionModel, Encoder, encoder_of
 from laco.families.encoders.base import Size, take_over_conversions
 from laco.families.reduction import ReducedModel, restore
+from laco.families.reduction.signals import map_counts
 from laco.families.steps import Compression, Step, image_sides
 from laco.grid import Grid
 from laco.methods import DecoderMethod, Merger, Method, Reducer, Selector
@@ -232,10 +233,8 @@ class Family(ABC):
         return tokens
 
     def reads_question(self, config: PreTrainedConfig) -> bool:
-        """Whether what is left of a picture before the language model depends on the question."""
-        return any(
-            "text" in method.needs for method in self.reductions(config) if not isinstance(method, DecoderMethod)
-        )
+        """Whether what is left of a picture depends on the question in a way that its features alone cannot tell."""
+        return any({"text", "text_attention", "maps"} & method.needs for method in self.reductions(config))
 
     def why_not(self, config: Any, method: Method) -> str | None:
         """Why a method cannot stand in a model, if it is no merger; None if it can."""
@@ -248,10 +247,30 @@ class Family(ABC):
         kinds = set(getattr(self.text_config(config), "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             return f"its language model has layers of {' and '.join(sorted(kinds - {'full_attention'}))}"
-        if missing := method.needs & {"clip_tokens", "clip_text", "maps"}:
+        if missing := method.needs & {"clip_tokens", "clip_text"}:
             return f"it needs {' and '.join(sorted(missing))}, which laco does not gather in models so far"
         if isinstance(method, DecoderMethod):
             method.points(self.text_config(config).num_hidden_layers)  # raises where they are past the end
+        return self.why_no_maps(config, method)
+
+    def why_no_maps(self, config: Any, method: Method) -> str | None:
+        """Why a method cannot stand in a model because it, or one that is there, reads layers of the encoder."""
+        present = self.compression(config)
+        if "maps" not in method.needs:
+            reader = next((other for other in present.reductions if "maps" in other.needs), None)
+            if reader is None or isinstance(method, DecoderMethod):
+                return None
+            return f"{reader.name} reads whole grids of visual tokens, of which {method.name} would take some away"
+        for other in (present.reducer, *present.reductions):
+            if isinstance(other, Reducer | Selector):
+                return f"it reads whole grids of visual tokens, of which {other.name} takes some away"
+        first = min(map_counts(method, self.encoder_kind(config).num_layers(self.vision_config(config))))
+        for step in present.steps:
+            if step.place == "projector" or step.layer > first:
+                return (
+                    f"it reads what the vision encoder puts out after layer {first}, which {step.merger.name} after"
+                    f" layer {step.layer} leaves on another grid; merge after layer {first} or earlier"
+                )
         return None
 
     def with_steps(self, config: Any, steps: Sequence[Step]) -> Any:

@@ -35,9 +35,13 @@ class TiledPictures(Pictures):
     its frames, each at half the resolution, and one line break.
     """
 
+    def frames(self, inputs: Mapping[str, Any]) -> int:
+        """Of each video; its argument has another name before transformers 5.18."""
+        return inputs["pixel_values_videos" if "pixel_values_videos" in inputs else "pixel_values"].shape[1]
+
     def tiles(self, body: Any, pictures: int, inputs: Mapping[str, Any], video: bool) -> list[int]:
         if video:
-            return [inputs["pixel_values_videos"].shape[1]] * pictures
+            return [self.frames(inputs)] * pictures
         counts = inputs.get("batch_num_images")
         alone = [True] * pictures if counts is None else [n == 1 for n in counts for _ in range(n)]
         side = body.config.vision_config.image_size
@@ -49,8 +53,8 @@ class TiledPictures(Pictures):
     def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
         side = FAMILY.grid(body.config).height
         if video:
-            half, frames = -(-side // 2), inputs["pixel_values_videos"].shape[1]
-            return [[View(torch.arange(length - 1), Grid(frames, half, half))] for length in lengths]
+            grid = Grid(self.frames(inputs), -(-side // 2), -(-side // 2))
+            return [[View(torch.arange(grid.tokens), grid)] for _ in lengths]
         out = []
         ones = torch.ones(sum(self.tiles(body, len(lengths), inputs, video)), side * side, 1)
         packed = self.packed(body, ones, inputs, image_newline=torch.zeros(1))
@@ -64,10 +68,14 @@ class TiledPictures(Pictures):
             out.append(views)
         return out
 
+    def placeholders(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[int]:
+        if video:  # the model adds the line break later before transformers 5.18
+            return [view.grid.tokens + 1 for (view,) in self.views(body, lengths, inputs, video)]
+        return list(lengths)
+
     def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
         if video:
-            frames = inputs["pixel_values_videos"].shape[1]
-            return [part.flatten(0, 1) for part in body.apply_pooling(x_TNC).split(frames)]
+            return [part.flatten(0, 1) for part in body.apply_pooling(x_TNC).split(self.frames(inputs))]
         return self.packed(body, x_TNC, inputs, image_newline=None)
 
     def packed(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], image_newline: Tensor | None) -> list[Tensor]:

@@ -51,6 +51,7 @@ class Explainability(QuestionSelector):
     )
     trained: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "relevance"
 
     keep: int | float = 0.5
     kernel: int = 5
@@ -81,6 +82,14 @@ class Explainability(QuestionSelector):
         if not isinstance(module, RelevancePredictor):
             raise LacoError("explainability needs the module that its build gives")
         return self.best(module(self.attention(signals)))
+
+    def loss(self, signals: Signals, module: MergerModule | None, target: Tensor) -> Tensor:
+        """`relevance_loss` of one picture, `target` being the (T, N) relevance of its tokens to each token of a right
+        answer.
+        """
+        if not isinstance(module, RelevancePredictor):
+            raise LacoError("explainability needs the module that its build gives")
+        return relevance_loss(module(self.attention(signals)), label(target))
 
     def best(self, score_N: Tensor) -> Plan:
         return Plan(highest(score_N, self.budget(len(score_N))).sort().values)

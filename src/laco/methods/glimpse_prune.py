@@ -20,13 +20,18 @@ from laco.methods.base import MergerModule
 from laco.methods.decoder import DecoderMethod, DecoderSignals
 from laco.methods.selector import Plan
 
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in fractions of a picture's sides
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlimpsePrune(DecoderMethod):
     """After 19 of 28 layers, tokens leave the sequence *and* the cache of the layers before; so does the glimpse token.
 
-    It stands behind the prompt, its position one past the last; in training, right before the answer, where nothing is
-    dropped: the loss is the language model's plus `localisation_loss`. Several pictures are judged one by one.
+    It stands behind the prompt, its position one past the last. In training nothing is dropped; the loss is the
+    language model's plus `localisation_loss`. Several pictures are judged one by one, line breaks between rows stay.
+
+    In models, answers never see the glimpse token. In the authors' training they do, standing behind it, so that the
+    language model's loss teaches the token as well; here, with a frozen language model, `localisation_loss` alone does.
 
     Args:
         threshold: probability above which a token stays.
@@ -48,6 +53,7 @@ class GlimpsePrune(DecoderMethod):
     default_depths: ClassVar[tuple[float, ...]] = (19 / 28,)
     # Relative depths in the vision encoder of the hidden states that the head reads.
     maps: ClassVar[tuple[float, ...]] = (1, 3 / 4, 1 / 2, 1 / 4)
+    learns_from: ClassVar[str] = "boxes"
 
     keep: int | float | tuple[int | float, ...] = 1.0
     threshold: float = 0.5
@@ -94,6 +100,13 @@ class GlimpsePrune(DecoderMethod):
         if not isinstance(module, GlimpseModule):
             raise LacoError("glimpse_prune needs the module that its build gives")
         return module.head(self.features(signals), signals.maps, signals.grids)
+
+    def loss(self, signals: DecoderSignals, module: MergerModule | None, target: Sequence[Box]) -> Tensor:
+        """`localisation_loss` of one sample, `target` being boxes around what its question is about."""
+        assert signals.grids is not None
+        importance_N = self.importance(signals, module)
+        mask_N = torch.cat([box_mask(grid, target) for grid in signals.grids]).to(importance_N.device)
+        return localisation_loss(importance_N, mask_N, signals.grids)
 
     def plan(self, signals: DecoderSignals, stage: int, module: MergerModule | None) -> Plan:
         assert signals.grids is not None
@@ -237,7 +250,7 @@ def rotate_on_grid(x_HNd: Tensor, grid: Grid, base: float = 1e4) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def box_mask(grid: Grid, boxes: Sequence[tuple[float, float, float, float]]) -> Tensor:
+def box_mask(grid: Grid, boxes: Sequence[Box]) -> Tensor:
     """(N,) 1 where a token of a picture touches a box (x1, y1, x2, y2), in fractions of its sides; 0 elsewhere."""
     mask = torch.zeros(grid.height, grid.width)
     for x1, y1, x2, y2 in boxes:

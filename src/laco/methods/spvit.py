@@ -47,6 +47,7 @@ class SPViT(Reducer):
     )
     trained: ClassVar[bool] = True
     static_count: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "targets"
     moment: ClassVar[Literal["layer", "mlp"]] = "layer"
 
     heads: int | None = None
@@ -76,6 +77,10 @@ class SPViT(Reducer):
 
     def build(self, width: int) -> "MultiheadSelector":
         return MultiheadSelector(width, self.heads)
+
+    def loss(self, signals: list[Tensor], module: MergerModule | None, target: None) -> Tensor:
+        """2 `ratio_loss` of the decisions (B, M) at each of the layers: of `training_loss` what needs no teacher."""
+        return 2 * ratio_loss(signals, self.targets)
 
     def before_layer(
         self, x_BNC: Tensor, state: State, index: int, module: MergerModule | None = None

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from laco.evaluate import prompt
+from laco.methods.glimpse_prune import Box
 from laco.world.labels import LABELS
 
 IGNORE = -100
@@ -22,11 +23,17 @@ _QUESTION = "\x00"  # stands for the question when the prompt's two halves are c
 
 @dataclass
 class Item:
-    """One sample of training: pictures, questions with answers, and dense labels where the world gives them."""
+    """One sample of training: pictures, questions with answers; dense labels and boxes where the world gives them.
+
+    `boxes` are around what the first question is about, in fractions of the picture's sides. `video`: the pictures are
+    the frames of one.
+    """
 
     images: list[Image.Image]
     asked: list[tuple[str, str]] = field(default_factory=list)
     dense: dict[str, np.ndarray] | None = None
+    boxes: list[Box] | None = None
+    video: bool = False
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Collator:
     Returns (on call):
         The processor's picture inputs; `input_ids` and `position_ids` (B, L); `attention_mask` (B, 1, L, L), True
         where a token may look; `labels` (B, L), -100 but for answers and the end token; `dense_labels`
-        {name: (B, H, W)}.
+        {name: (B, H, W)}; `boxes`, a list for each sample.
     """
 
     processor: Any
@@ -54,16 +61,21 @@ class Collator:
             batch["dense_labels"] = {
                 name: torch.from_numpy(np.stack([item.dense[name] for item in items if item.dense])) for name in LABELS
             }
+        if all(item.boxes is not None for item in items):
+            batch["boxes"] = [item.boxes for item in items]
         return batch
 
     def _encode(self, processor: Any, items: Sequence[Item]) -> dict[str, Any]:
-        images = [image for item in items for image in item.images]
+        images = [image for item in items for image in item.images if not item.video]
         sized = _has_size(processor, images)
         if not any(item.asked for item in items):
             return dict(processor.image_processor(images=images, return_tensors="pt", **sized))
-        heads, tails = zip(*(self._prompt(processor, len(item.images)) for item in items), strict=True)
-        shown = [item.images for item in items if item.images]  # nested, as some treat several pictures unlike one
-        inputs = dict(processor(images=shown or None, text=list(heads), return_tensors="pt", padding=True, **sized))
+        heads, tails = zip(*(self._prompt(processor, item) for item in items), strict=True)
+        # nested, as some treat several pictures unlike one
+        shown = {"images": [item.images for item in items if item.images and not item.video] or None}
+        if clips := [item.images for item in items if item.video]:
+            shown["videos"] = clips
+        inputs = dict(processor(**shown, text=list(heads), return_tensors="pt", padding=True, **sized))
         prefixes = [
             ids[mask.bool()] for ids, mask in zip(inputs.pop("input_ids"), inputs.pop("attention_mask"), strict=True)
         ]
@@ -71,10 +83,11 @@ class Collator:
         rows = [_row(processor, *row) for row in zip(prefixes, tails, items, strict=True)]
         return inputs | _stack(rows, processor.tokenizer.pad_token_id)
 
-    def _prompt(self, processor: Any, pictures: int) -> tuple[str, str]:
+    def _prompt(self, processor: Any, item: Item) -> tuple[str, str]:
         """The chat template's text up to the last picture, and what follows, with `_QUESTION` for the question."""
-        text = prompt(processor, _QUESTION, pictures)
-        cut = text.rfind(processor.image_token) + len(processor.image_token) if pictures else 0
+        text = prompt(processor, _QUESTION, len(item.images), item.video)
+        token = processor.video_token if item.video else processor.image_token
+        cut = text.rfind(token) + len(token) if item.images else 0
         return text[:cut], text[cut:]
 
 

@@ -1,4 +1,4 @@
-"""The training pictures: the embedded world, made on the fly, or files read once and drawn in a seeded order."""
+"""What training shows: the embedded world, made on the fly, or files read once and drawn in a seeded order."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import numpy as np
 
 from laco.errors import LacoError
 from laco.pictures import down_sampled
+from laco.train.boxes import boxes_about
 from laco.train.collate import Item
 from laco.train.recipe import Data, Stage
-from laco.world import Pages, World
+from laco.world import Clips, Pages, Question, World
 from laco.world.labels import dense_labels
 
 
@@ -40,9 +41,42 @@ class WorldSource:
         rng = np.random.default_rng([self.seed, 3, self.start + index])
         is_page = rng.random() < self.stage.pages
         made = (Pages(self.seed) if is_page else World(self.seed, "train"))[self.start + index]
-        asked = [] if is_page else [(q.question, q.answer) for q in made.questions[: self.stage.questions]]
+        questions = [] if is_page else made.questions[: self.stage.questions]
+        asked = [(q.question, q.answer) for q in questions]
         dense = dense_labels(made.scene, self.patch) if self.stage.dense else None
-        return Item([down_sampled(made.picture, self.down_sample)], asked, dense)
+        boxes = None
+        if self.stage.method_loss:
+            boxes = boxes_about(made.scene, questions[0]) if questions else []
+        return Item([down_sampled(made.picture, self.down_sample)], asked, dense, boxes)
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """`count` fresh clips of the embedded world, from `start` on, with its pictures among them as the stage says."""
+
+    seed: int
+    start: int
+    count: int
+    stage: Stage
+    down_sample: int = 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        number, stage = self.start + index, self.stage
+        # Videos of a batch have equally many frames, on all processes.
+        still = np.random.default_rng([self.seed, 4, self.start, index // stage.batch_size]).random() < stage.stills
+        picture = np.random.default_rng([self.seed, 5, number]).random() < stage.pictures
+        questions: list[Question]
+        if still or picture:
+            shown = World(self.seed, "train")[number]
+            pictures, questions = shown.pictures, shown.questions
+        else:
+            clip = Clips(self.seed, "train")[number]
+            pictures, questions = clip.pictures, clip.exercises
+        asked = [(q.question, q.answer) for q in questions[: stage.questions]]
+        return Item([down_sampled(p, self.down_sample) for p in pictures], asked, video=not picture)
 
 
 class FileSource:
@@ -67,7 +101,7 @@ class FileSource:
         group = self.groups[np.random.default_rng([self.seed, lap]).permutation(len(self.groups))[place]]
         chosen = np.random.default_rng([self.seed, lap, place]).permutation(len(group))[: self.stage.questions]
         pictures = [down_sampled(picture, self.down_sample) for picture in group[0].pictures()]
-        return Item(pictures, [(group[i].question, group[i].answer) for i in chosen])
+        return Item(pictures, [(group[i].question, group[i].answer) for i in chosen], video=group[0].video)
 
 
 def make_source(data: Data, stage: Stage, start: int, seed: int, patch: int) -> Source:
@@ -75,4 +109,6 @@ def make_source(data: Data, stage: Stage, start: int, seed: int, patch: int) -> 
     count = stage.steps * stage.batch_size
     if data.source == "world":
         return WorldSource(data.seed, start, count, stage, patch, data.down_sample)
+    if data.source == "world-video":
+        return ClipSource(data.seed, start, count, stage, data.down_sample)
     return FileSource(data, stage, count, seed)

@@ -18,8 +18,14 @@ class _Strict(BaseModel):
 
 
 class NewModel(_Strict):
-    """A LLaVA from scratch: SigLIP vision encoder, MLP projector, Qwen2 language model, byte-level tokenizer."""
+    """A model from scratch: SigLIP vision encoder, MLP projector, Qwen2 language model, byte-level tokenizer."""
 
+    architecture: Literal["llava", "llava_onevision"] = Field("llava", description="the latter also takes videos")
+    weights: str | None = Field(
+        None,
+        description="directory of a model of this kind to begin with, in either architecture: shapes and weights of"
+        " encoder, projector and language model, and the embeddings of the tokens that both know",
+    )
     patch_size: PositiveInt = 8
     vision: dict[str, Any] = Field(default_factory=dict, description="overrides of SiglipVisionConfig")
     text: dict[str, Any] = Field(default_factory=dict, description="overrides of Qwen2Config")
@@ -27,7 +33,9 @@ class NewModel(_Strict):
 
 
 class Data(_Strict):
-    """Where pictures and questions come from: the embedded `world`, or a JSONL, LLaVA JSON or directory of such."""
+    """Where pictures and questions come from: the embedded `world`, its clips (`world-video`), or a JSONL, LLaVA JSON
+    or directory of such.
+    """
 
     source: str = "world"
     seed: NonNegativeInt = 0
@@ -48,7 +56,17 @@ class Stage(_Strict):
     max_grad_norm: float = Field(1.0, gt=0)
     questions: int = Field(8, ge=0, description="asked side by side about one picture; 0 trains the encoder alone")
     dense: float = Field(0.0, ge=0, description="weight of the world's dense labels")
+    method_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the losses that methods have of their own; they look at the first question alone, so ask"
+        " one at a time",
+    )
     pages: float = Field(0.0, ge=0, le=1, description="fraction of pictures that are pages full of characters")
+    pictures: float = Field(0.0, ge=0, le=1, description="fraction of clips in whose place is a picture of the world")
+    stills: float = Field(
+        0.0, ge=0, le=1, description="fraction of steps in which every clip is one picture, as a video of one frame"
+    )
 
     @property
     def rates(self) -> dict[str, float]:
@@ -62,11 +80,20 @@ class Stage(_Strict):
 
 
 class Distill(_Strict):
-    """Learn from the uncompressed model's logits at the answers: weight * T^2 * KL(teacher || student)."""
+    """Learn from the uncompressed model's logits at the answers: weight * T^2 * KL(teacher || student).
+
+    And, where asked for, from what its vision encoder puts out, at the tokens that the student still has.
+    """
 
     teacher: str | None = Field(None, description="directory of the teacher; the recipe's model when left out")
     weight: float = Field(1.0, gt=0)
     temperature: float = Field(1.0, gt=0)
+    features: float = Field(
+        0.0,
+        ge=0,
+        description="weight of KL(teacher || student) over the channels of the encoder's tokens, for methods that leave"
+        " tokens at their places; one that gathers dropped ones is compared with the one at whose place it stands",
+    )
 
 
 class Judge(_Strict):
@@ -102,6 +129,10 @@ class Recipe(_Strict):
             raise ValueError("give either model (a directory to start from) or new (a model from scratch)")
         if any(stage.dense or stage.pages for stage in self.stages) and self.data.source != "world":
             raise ValueError("dense labels and pages exist for data.source: world only")
+        if any(stage.pictures or stage.stills for stage in self.stages) and self.data.source != "world-video":
+            raise ValueError("pictures and stills are mixed into data.source: world-video only")
+        if self.data.source == "world-video" and self.new is not None and self.new.architecture == "llava":
+            raise ValueError("a new model for world-video needs architecture: llava_onevision")
         return self
 
 

@@ -29,7 +29,7 @@ from laco.train.collate import Collator
 from laco.train.data import make_source
 from laco.train.recipe import Recipe, Stage, load_recipe
 from laco.train.scratch import build_new
-from laco.train.trainer import DenseHeads, LacoTrainer, Learner, freeze
+from laco.train.trainer import DenseHeads, LacoTrainer, Learner, check_lessons, freeze
 
 _LOG = "log.jsonl"
 _LAUNCHED = "LACO_LAUNCHED"  # set in the processes that `_launch` starts, so that they do not launch again
@@ -94,6 +94,7 @@ def run(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Path:
             _open_work(recipe, work, resume)
     set_seed(recipe.seed)
     model, processor = _start(recipe)
+    check_lessons(model, recipe)
     teacher = _teacher(recipe)
     dense = DenseHeads(model.config.vision_config.hidden_size) if any(s.dense for s in recipe.stages) else None
     directories = [work / f"{i:02d}-{stage.name}" for i, stage in enumerate(recipe.stages)]

@@ -1,8 +1,8 @@
 """The objective and the optimiser on top of the Hugging Face Trainer: groups, dense labels, distillation."""
 
 import re
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from laco.errors import LacoError
+from laco.families import family_of
 from laco.families.compat import given_features
+from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.prompt import ANSWERS, within
-from laco.train.recipe import GROUPS, Distill, Stage
+from laco.methods.spvit import distillation
+from laco.train.recipe import GROUPS, Distill, Recipe, Stage
 from laco.world.labels import IGNORE, LABELS
 
 # Most patches show nothing; counted fully they drown the few that do.
@@ -106,24 +109,56 @@ class Learner(nn.Module):
             names.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else name, name)
         return {name: state[name] for name in names.values()}
 
-    def forward(self, dense_labels: dict[str, Tensor] | None = None, **inputs: Any) -> dict[str, Tensor]:
+    def forward(
+        self, dense_labels: dict[str, Tensor] | None = None, boxes: Sequence[Any] | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
         """Returns `loss`, its parts, and `answer_logits` (tokens, vocabulary) where an answer is predicted."""
         out: dict[str, Tensor] = {}
         loss = torch.zeros((), device=self.vlm.device)
         seen: dict[str, Tensor] = {}
-        if self.dense is not None and dense_labels is not None:
-            vlm: Any = self.vlm
-            seen = {"pixel_values": inputs.pop("pixel_values")}
-            images = vlm.get_image_features(**seen, return_dict=True)
-            out["dense"] = self.dense(images.hidden_states[-1], dense_labels)
-            loss = loss + self.stage.dense * out["dense"]
-        if "input_ids" in inputs:
-            labels = inputs.pop("labels")
-            with given_features(self.vlm, seen, inputs, images) if seen else nullcontext(inputs) as given:
+        lesson = Lesson(boxes, self.vlm.get_output_embeddings()) if self.stage.method_loss else None
+        with within(LESSON, lesson), ExitStack() as stack:
+            if self.dense is not None and dense_labels is not None:
+                vlm: Any = self.vlm
+                seen = {"pixel_values": inputs.pop("pixel_values")}
+                images = vlm.get_image_features(**seen, return_dict=True)
+                out["dense"] = self.dense(images.hidden_states[-1], dense_labels)
+                loss = loss + self.stage.dense * out["dense"]
+            if "input_ids" in inputs:
+                labels = inputs.pop("labels")
+                given = stack.enter_context(given_features(self.vlm, seen, inputs, images)) if seen else inputs
                 out["answer_logits"] = answer_logits(self.vlm, given, labels)
-            out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][labels[:, 1:] != IGNORE])
-            loss = loss + out["answer"]
+                out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][labels[:, 1:] != IGNORE])
+                loss = loss + out["answer"]
+        if lesson is not None:
+            for name, losses in lesson.losses.items():
+                out[name] = torch.stack(losses).mean()
+                loss = loss + self.stage.method_loss * out[name]
+            if not loss.requires_grad:  # nothing in this batch, such as a right answer, teaches what learns
+                loss = loss + 0 * sum(p.sum() for p in self.vlm.parameters() if p.requires_grad)
         return {"loss": loss, **out}
+
+
+@contextmanager
+def features_of(vlm: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """(B, N, C) what the vision encoder puts out in every call while this lasts."""
+    found: list[Tensor] = []
+    hook = family_of(vlm).encoder(vlm).register_forward_hook(lambda _, __, out: found.append(out[0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def feature_loss(mine_BNC: Tensor, theirs_BNC: Tensor) -> Tensor:
+    """Divergence of tokens from the teacher's, over channels, mean over those that are there, not rows of NaN."""
+    if mine_BNC.shape != theirs_BNC.shape:
+        raise LacoError(
+            f"distill.features compares token by token, but the teacher's encoder puts out {theirs_BNC.shape[-2]} of a"
+            f" picture, the model's {mine_BNC.shape[-2]}; leave it out where tokens are merged to a smaller grid"
+        )
+    there_BN = ~mine_BNC[..., 0].isnan()
+    return distillation(mine_BNC[there_BN].float(), theirs_BNC[there_BN].float())
 
 
 class LacoTrainer(Trainer):
@@ -165,10 +200,11 @@ class LacoTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         teacher_inputs = inputs.pop("teacher", None)
-        out = model(**inputs)
+        with features_of(self.model.vlm) as mine:
+            out = model(**inputs)
         loss = out["loss"]
         if self.teacher is not None and self.distill is not None:
-            with torch.no_grad():
+            with torch.no_grad(), features_of(self.teacher) as theirs:
                 said = answer_logits(self.teacher, teacher_inputs, teacher_inputs.pop("labels"))
             t = self.distill.temperature
             out["distill"] = F.kl_div(
@@ -178,9 +214,11 @@ class LacoTrainer(Trainer):
                 reduction="batchmean",
             ) * (t * t)
             loss = loss + self.distill.weight * out["distill"]
-        for name in ("answer", "dense", "distill"):
-            if name in out:
-                self._parts.setdefault(name, []).append(out[name].detach())
+            if self.distill.features:
+                out["features"] = feature_loss(mine[-1], theirs[-1])
+                loss = loss + self.distill.features * out["features"]
+        for name in out.keys() - {"loss", "answer_logits"}:
+            self._parts.setdefault(name, []).append(out[name].detach())
         return (loss, out) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -188,6 +226,25 @@ class LacoTrainer(Trainer):
             logs |= {name: round(torch.stack(parts).mean().item(), 4) for name, parts in self._parts.items()}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
+
+
+def check_lessons(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises `LacoError` where a stage weighs losses of methods that the model's have not, or that this data cannot
+    give.
+    """
+    methods = family_of(model).methods(model.config)
+    taught = [method for method in methods if isinstance(method, Taught) and method.trained]
+    for stage in recipe.stages:
+        if not stage.method_loss:
+            continue
+        if not taught:
+            raise LacoError(f"stage {stage.name} has method_loss, but no method in the model has a loss of its own")
+        for method in taught:
+            if method.learns_from == "boxes" and recipe.data.source != "world":
+                raise LacoError(
+                    f"stage {stage.name} has method_loss, but {method.name} learns from boxes around what a question is"
+                    " about, which data.source: world alone has"
+                )
 
 
 def freeze(model: PreTrainedModel, stage: Stage) -> None:

@@ -36,20 +36,20 @@ def ask(scene: Scene) -> list[Question]:
     asked = [
         Question("word", "which word is written?", word.string),
         Question("number", "which number is written?", number.string),
-        *_pick(rng, _about_chart(scene), 2),
-        *_pick(rng, _about_colour(scene), 2),
-        *_pick(rng, _about_count(scene, rng), 2),
-        *_pick(rng, _about_relation(scene), 2),
-        *_pick(rng, _about_place(scene), 2),
+        *pick(rng, about_chart(scene), 2),
+        *pick(rng, _about_colour(scene), 2),
+        *pick(rng, _about_count(scene, rng), 2),
+        *pick(rng, _about_relation(scene), 2),
+        *pick(rng, _about_place(scene), 2),
     ]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
-def _pick(rng: np.random.Generator, questions: list[Question], most: int) -> list[Question]:
+def pick(rng: np.random.Generator, questions: list[Question], most: int) -> list[Question]:
     return [questions[i] for i in rng.permutation(len(questions))[:most]]
 
 
-def _about_chart(scene: Scene) -> list[Question]:
+def about_chart(scene: Scene) -> list[Question]:
     assert scene.chart is not None
     bars = list(zip(scene.chart.values, scene.chart.colours, strict=True))
     heights = [Question("chart", f"how high is the {colour} bar?", str(value)) for value, colour in bars]

@@ -103,7 +103,7 @@ def text_extent(string: str, font: str, size: int) -> tuple[int, int]:
     return sum(advance for _, advance in masks) + 2, masks[0][0].shape[0]
 
 
-class _Places:
+class Places:
     """Random places that do not overlap, found by trial on an occupancy map."""
 
     def __init__(self, rng: np.random.Generator, margin: int = 2):
@@ -138,13 +138,9 @@ def make_scene(seed: tuple[int, ...], held_out: bool) -> Scene:
 
 def _try_scene(rng: np.random.Generator, seed: tuple[int, ...], held_out: bool) -> Scene | None:
     scene = Scene(seed, background=int(rng.integers(205, 251)))
-    places = _Places(rng)
+    places = Places(rng)
 
-    at = places.take(Chart.width, Chart.height)
-    assert at is not None  # the canvas is still empty
-    colours = rng.permutation(list(COLOURS))[:BARS]
-    values = rng.permutation(np.arange(1, MAX_VALUE + 1))[:BARS]
-    scene.chart = Chart(tuple(map(str, colours)), tuple(map(int, values)), *at)
+    scene.chart = make_chart(rng, places)
 
     kinds = [str(kind) for kind in rng.permutation(SHAPES)]
     row, size = 3, int(rng.integers(12, 15))
@@ -156,7 +152,7 @@ def _try_scene(rng: np.random.Generator, seed: tuple[int, ...], held_out: bool) 
         return None
     for i in range(row):
         x, y = (at[0], at[1] + i * pitch) if scene.row_is_vertical else (at[0] + i * pitch, at[1])
-        scene.row.append(Shape(kinds[i], _colour(rng, kinds[i], held_out), x, y, size))
+        scene.row.append(Shape(kinds[i], draw_colour(rng, kinds[i], held_out), x, y, size))
 
     for alphabet in (LETTERS, DIGITS):
         string = draw_string(rng, alphabet, held_out)
@@ -171,11 +167,20 @@ def _try_scene(rng: np.random.Generator, seed: tuple[int, ...], held_out: bool) 
         at = places.take(size, size)
         if at is None:
             return None
-        scene.singles.append(Shape(kind, _colour(rng, kind, held_out), *at, size))
+        scene.singles.append(Shape(kind, draw_colour(rng, kind, held_out), *at, size))
     return scene
 
 
-def _colour(rng: np.random.Generator, kind: str, held_out: bool) -> str:
+def make_chart(rng: np.random.Generator, places: Places) -> Chart:
+    """A chart, the first thing on a canvas."""
+    at = places.take(Chart.width, Chart.height)
+    assert at is not None
+    colours = rng.permutation(list(COLOURS))[:BARS]
+    values = rng.permutation(np.arange(1, MAX_VALUE + 1))[:BARS]
+    return Chart(tuple(map(str, colours)), tuple(map(int, values)), *at)
+
+
+def draw_colour(rng: np.random.Generator, kind: str, held_out: bool) -> str:
     colours = [colour for colour in COLOURS if held_out or (kind, colour) not in HELD_OUT_PAIRS]
     return colours[rng.integers(len(colours))]
 
@@ -200,8 +205,11 @@ def make_page(seed: tuple[int, ...]) -> Scene:
     return scene
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """The scene's picture: (SIDE, SIDE, 3) uint8, with pixel noise from the scene's seed."""
+def draw(scene: Scene, frame: int | None = None) -> np.ndarray:
+    """The scene's picture: (SIDE, SIDE, 3) uint8, with pixel noise from the scene's seed.
+
+    Frames of a clip have the same tints, and each its own noise.
+    """
     rng = np.random.default_rng([*scene.seed, 11])
     canvas = np.full((SIDE, SIDE, 3), scene.background, dtype=np.float32)
     if scene.chart:
@@ -212,7 +220,8 @@ def draw(scene: Scene) -> np.ndarray:
     for text in scene.texts:
         for char, (x, y, _, _) in zip(text.string, text.boxes, strict=True):
             _blend(canvas, x, y, glyph(text.font, text.size, char)[0], np.float32(text.ink))
-    canvas += rng.normal(0, 5, size=canvas.shape).astype(np.float32)
+    noise = rng if frame is None else np.random.default_rng([*scene.seed, 11, frame])
+    canvas += noise.normal(0, 5, size=canvas.shape).astype(np.float32)
     return canvas.clip(0, 255).round().astype(np.uint8)
 
 

@@ -3,10 +3,12 @@
 The stock loop over the layers goes on as ever. From the first point on, every layer gets mask, rotary table and
 positions of what is left; what is known between layers, a `Run`, rides along with their arguments, and is kept by the
 number of the layer, so that a layer can be computed anew (gradient checkpointing).
+
+A method that also clears the caches of the layers before (`rewrites_cache`) hides from answers, in these layers too,
+what was dropped. Where prompt and answers are read in one call, its choice is made in a first pass over these layers.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -16,9 +18,14 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
+from laco.errors import LacoError
+from laco.families.reduction.ahead import run_up_to
+from laco.families.reduction.beside import BringsToken, TokenBeside
 from laco.families.reduction.cache import ReducedCacheLayer
-from laco.families.reduction.kept import Kept, kept_mask
-from laco.families.reduction.prompt import Prompt
+from laco.families.reduction.kept import Entry, Kept, kept_mask
+from laco.families.reduction.lesson import LESSON, Lesson, Taught
+from laco.families.reduction.projections import at, queries_keys
+from laco.families.reduction.prompt import Prompt, Shown
 from laco.methods import DecoderMethod, DecoderSignals, Plan
 from laco.methods.decoder import Step, attention_logits
 
@@ -30,6 +37,12 @@ class DroppingLayer(nn.Module):
     number: int
     self_attn: Any
     mlp: Any
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Once, however often a checkpoint computes `forward` anew.
+        if (reduction := kwargs.get("reduction")) is not None:
+            reduction.watch(self.number, hidden_states, kwargs)
+        return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, reduction: "Run | None" = None, **kwargs: Any) -> Any:
         if reduction is None:
@@ -65,13 +78,20 @@ def dropping(kind: Any) -> Any:
     return type(f"Dropping{kind.__name__}", (DroppingLayer, kind), {"__module__": __name__, "_laco_stock": kind})
 
 
+def learns(method: DecoderMethod, model: nn.Module) -> bool:
+    """Whether a method is being trained: then it drops nothing."""
+    return method.trained and model.training
+
+
 class Run:
     """One call of a language model in which a method drops tokens.
+
+    A method that is trained drops nothing in training; there its own loss is computed, if there is a lesson.
 
     Args:
         method: what drops them.
         model: the language model.
-        kept: the tokens that enter it.
+        entered: what it computes, before any is dropped.
         mask: as it was given for all tokens, and `read`, how many were read before.
         past: the cache, if there is one.
         prompt: where visual tokens are; None if none are to be dropped, as in later steps of decoding.
@@ -81,7 +101,7 @@ class Run:
         self,
         method: DecoderMethod,
         model: Any,
-        kept: Kept,
+        entered: Entry,
         mask: Any,
         read: int,
         past: Cache | None,
@@ -91,8 +111,11 @@ class Run:
         self.layers: Sequence[Any] = model.layers
         self.module = model.trained_module("decoder")
         self.prompt = prompt
-        self.points = method.points(len(self.layers))
-        self.kept: list[Kept] = [kept]  # before the first point, and after each
+        self.marks = method.points(len(self.layers))
+        self.lesson: Lesson | None = LESSON.get() if learns(method, model) else None
+        self.points = () if learns(method, model) else self.marks
+        self.kept: list[Kept] = [entered.kept]  # before the first point, and after each
+        self.position_ids: Tensor = entered.arguments["position_ids"]
         self.plans: list[list[tuple[Tensor, Plan | None, Tensor]]] = []
         self.masks: dict[int, Any] = {}
         self.before: Tensor | None = None
@@ -100,7 +123,25 @@ class Run:
         self.memory: dict[int, Any] = {}
         self.original: list[int] = []
         self.observed: set[int] = set()
-        self.batch = len(kept.columns_BK)
+        self.seen_BKK: Tensor | None = None  # before the first point: true where a token may see another
+        self.batch = len(entered.kept.columns_BK)
+        self.shown: list[list[Shown]] = []
+        if prompt is not None:
+            self.visual_BL = prompt.visual_BL
+            if {"maps", "grids"} & method.needs:
+                self.know_pictures(prompt)
+        self.beside: TokenBeside | None = None
+        if prompt is not None and isinstance(self.module, BringsToken):
+            self.beside = TokenBeside(model, self.module)
+
+    def know_pictures(self, prompt: Prompt) -> None:
+        """Line breaks between rows belong to no grid; for methods that judge grids they are text, which stays."""
+        pictures = prompt.pictures(self.method.name)
+        self.shown = [sorted(row, key=lambda shown: int(shown.columns[0])) for row in pictures]
+        self.visual_BL = torch.zeros_like(prompt.visual_BL)
+        for row, some in enumerate(self.shown):
+            for shown in some:
+                self.visual_BL[row, shown.places] = True
 
     def stage(self, number: int) -> int:
         """How many points lie before a layer."""
@@ -115,6 +156,55 @@ class Run:
             self.prompt is not None and number not in self.observed and number in self.method.observed(len(self.layers))
         )
 
+    # Before a layer, once.
+
+    def watch(self, number: int, x_BKD: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Lets a token of the method's own read along up to the first point, and the method learn there."""
+        if self.prompt is None or number > self.marks[0] or self.plans:
+            return
+        for row in range(self.batch):
+            slots, visual = self.prompt_tokens(row, self.kept[0])
+            if not len(visual):
+                continue
+            if self.beside is not None and number < self.marks[0]:
+                with torch.set_grad_enabled(self.lesson is not None):
+                    self.beside.enter(row, number, self.position_ids[..., row, slots])
+                    if number + 1 < self.marks[0]:
+                        cos, sin = (at(table, row)[..., slots, :] for table in kwargs["position_embeddings"])
+                        others = {name: value for name, value in kwargs.items() if name != "reduction"}
+                        self.beside.pass_through(row, number, x_BKD[row, slots].detach(), (cos, sin), others)
+            if number == self.marks[0] and self.lesson is not None:
+                self.teach(row, x_BKD, slots, visual)
+
+    def teach(self, row: int, x_BKD: Tensor, slots: Tensor, visual: Tensor) -> None:
+        assert self.lesson is not None
+        assert isinstance(self.method, Taught)
+        if len(boxes := self.lesson.boxes_of(row, self.method)):
+            signals = self.signals(row, 0, self.marks[0], x_BKD, slots, visual)
+            self.lesson.give(self.method, self.method.loss(signals, self.module, boxes))
+
+    @torch.no_grad()
+    def look_ahead(self, entered: Entry) -> None:
+        """Where answers stand behind the prompt already: chooses before they are read, and hides what leaves from them.
+
+        `LacoError` where that cannot be.
+        """
+        if self.prompt is None or not self.points or not self.method.rewrites_cache:
+            return
+        columns_BK = self.kept[0].columns_BK
+        answers_BK = columns_BK >= self.prompt.end_B[:, None]
+        if not answers_BK.any():
+            return
+        if self.read or "flash" in str(self.model.config._attn_implementation):
+            raise LacoError(
+                f"{self.method.name} hides from answers what it drops, which needs a mask of pairs of tokens where"
+                " pictures and answers are read at once: use attention by sdpa, and no cache of earlier turns"
+            )
+        arguments = {**entered.arguments, "reduction": self}
+        self.drop(0, self.points[0], run_up_to(self.model, self.points[0], entered._replace(arguments=arguments)).x_BKD)
+        gone_BK = ~self.kept[1].keep_BL.gather(1, columns_BK.clamp(min=0))
+        self.seen_BKK = ~(answers_BK[:, :, None] & gone_BK[:, None])
+
     # What a layer gets.
 
     def enter(self, number: int, x_BKD: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -123,10 +213,10 @@ class Run:
             self.begin(x_BKD, kwargs)
         if self.prompt is not None and number in self.points:
             x_BKD = self.drop(self.points.index(number), number, x_BKD)
-        if self.prompt is not None and number + 1 in self.points:
+        if self.prompt is not None and number + 1 in self.marks:
             self.before = x_BKD.detach()
         stage = self.stage(number)
-        if not stage:
+        if not stage and self.seen_BKK is None:
             return x_BKD, kwargs
         kept = self.kept_at(number)
         return x_BKD, {**kwargs, **self.narrowed(kept, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
@@ -146,18 +236,24 @@ class Run:
     def mask_of(self, stage: int, number: int, x_BKD: Tensor) -> Any:
         """The mask of a layer in the form that its attention takes; all layers between two points share it."""
         if stage not in self.masks:
-            kept, layer = self.kept_at(number), None if self.past is None else self.past.layers[number]
+            kept = self.kept_at(number)
+            layers = [] if self.past is None else self.past.layers[number : number + 1]
+            layer = next(iter(layers), None)
             held = layer if isinstance(layer, ReducedCacheLayer) else None
             cache = None
             if layer is not None:
                 cache = DynamicCache()
                 cache.layers = [layer]
+            mask, seen_BKK = kept_mask(self.mask, kept, held, self.read), None if stage else self.seen_BKK
+            if seen_BKK is not None and mask.ndim == 4:
+                mask = mask.masked_fill(~seen_BKK[:, None], False if mask.dtype == torch.bool else -torch.inf)
             self.masks[stage] = create_causal_mask(
                 config=self.model.config,
                 inputs_embeds=x_BKD,
-                attention_mask=kept_mask(self.mask, kept, held, self.read),
+                attention_mask=mask,
                 past_key_values=cache,
                 position_ids=None,
+                and_mask_function=None if seen_BKK is None else lambda b, h, q, k: seen_BKK[b, q, k],
             )
         return self.masks[stage]
 
@@ -179,7 +275,7 @@ class Run:
         columns_K = kept.columns_BK[row]
         there_K = (columns_K >= 0) & (columns_K < self.prompt.end_B[row]) & self.prompt.real_BL[row, columns_K]
         slots = there_K.nonzero().flatten()
-        return slots, self.prompt.visual_BL[row, columns_K[slots]].nonzero().flatten()
+        return slots, self.visual_BL[row, columns_K[slots]].nonzero().flatten()
 
     @torch.no_grad()
     def observe(self, number: int, steps: list[Step]) -> None:
@@ -224,19 +320,34 @@ class Run:
     def signals(
         self, row: int, stage: int, number: int, x_BKD: Tensor, slots: Tensor, visual: Tensor
     ) -> DecoderSignals:
-        """What the method looks at, of a sample's prompt, which is in these slots."""
+        """What the method looks at, of a sample's prompt, which is in these slots.
+
+        A token of its own comes last among queries and keys.
+        """
         kept, method = self.kept[stage], self.method
-        hidden_LD = x_BKD[row, slots]
+        hidden_LD, shown_here = x_BKD[row, slots], self.shown[row] if self.shown else []
         assert self.before is not None
         last = method.attention_layer == "last"
         layer = self.layers[number - 1 if last else number]
         tables: tuple[Tensor, Tensor] = (self.tables | self.narrowed(kept, self.tables))["position_embeddings"]
         cos, sin = (at(table, row)[..., slots, :] for table in tables)
         rotary = (cos, sin) if cos.ndim == 2 else (cos[0], sin[0])  # of M-RoPE in three tables, that of time
-        q_HLd, k_GLd = queries_keys(layer, (self.before[row, slots] if last else hidden_LD), cos, sin)
+        read_LD = self.before[row, slots] if last else hidden_LD
+        if self.beside is not None:
+            assert last
+            read_LD = torch.cat([read_LD, self.beside.state[row]])
+            cos, sin = (
+                torch.cat([table, at(own, 0)], dim=-2)
+                for table, own in zip((cos, sin), self.beside.tables[row], strict=True)
+            )
+        q_HLd, k_GLd = queries_keys(layer, read_LD, cos, sin)
+        maps = tuple(torch.cat(level) for level in zip(*(shown.maps for shown in shown_here), strict=True))
         signals = DecoderSignals(
             visual=visual,
-            length=len(slots),
+            length=len(read_LD),
+            trailing=len(read_LD) - len(slots),
+            maps=maps or None,
+            grids=tuple(view.grid for shown in shown_here for view in shown.views) or None,
             original=self.original[row],
             hidden=self.model.norm(hidden_LD) if method.final_norm else hidden_LD,
             keys=k_GLd,
@@ -252,34 +363,3 @@ def pick(x: Tensor, slot_BK: Tensor) -> Tensor:
     """(..., B or 1, L, d) -> (..., B, K, d)."""
     x = x.expand(*x.shape[:-3], len(slot_BK), *x.shape[-2:])
     return x.gather(-2, slot_BK[..., None].expand(*x.shape[:-3], *slot_BK.shape, x.shape[-1]))
-
-
-def at(x: Tensor, row: int) -> Tensor:
-    """(..., B or 1, L, d) -> (..., L, d)."""
-    return x[..., row if x.shape[-3] > 1 else 0, :, :]
-
-
-def queries_keys(layer: Any, x_LD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, L, d) queries and (G, L, d) keys, rotated, that a layer computes for its input."""
-    attention = layer.self_attn
-    x_1LD = layer.input_layernorm(x_LD)[None]
-    q_1HLd, k_1GLd = (
-        norm(project(x_1LD).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
-        for project, norm in (
-            (attention.q_proj, getattr(attention, "q_norm", nn.Identity())),
-            (attention.k_proj, getattr(attention, "k_norm", nn.Identity())),
-        )
-    )
-    # Every family rotates by a function of its own module.
-    module = sys.modules[stock_class(type(attention)).__module__]
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-    sections = getattr(module, "apply_multimodal_rotary_pos_emb", None)
-    if sections is not None and cos.ndim == 4:
-        q_1HLd, k_1GLd = sections(q_1HLd, k_1GLd, cos, sin, layer.self_attn.config.rope_parameters["mrope_section"])
-    else:
-        q_1HLd, k_1GLd = module.apply_rotary_pos_emb(q_1HLd, k_1GLd, cos, sin)
-    return q_1HLd[0], k_1GLd[0]
-
-
-def stock_class(kind: type) -> type:
-    return getattr(kind, "_laco_stock", kind)

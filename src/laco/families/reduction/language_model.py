@@ -14,8 +14,9 @@ from transformers import Cache, PreTrainedModel
 
 from laco.families.encoders.base import reset_compressor
 from laco.families.reduction.cache import ReducedCacheLayer, counting_entries, reduce_cache
-from laco.families.reduction.decoder import DroppingLayer, Run, dropping
+from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns
 from laco.families.reduction.kept import entry
+from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.prompt import PROMPT
 from laco.families.reduction.scoring import without_rest
 from laco.families.reduction.trained import kind_of, trained_modules
@@ -85,6 +86,8 @@ class ReducedLanguageModel(PreTrainedModel):
         first = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
         past = first if isinstance(first, ReducedCacheLayer) else None
         drops = self.method is not None and prompt is not None and bool((prompt.visual_BL & keep_BL).any())
+        if self.method is not None and learns(self.method, self):
+            drops = drops and LESSON.get() is not None
         if keep_BL.all() and past is None and not drops:
             return super().forward(
                 attention_mask=attention_mask,
@@ -95,7 +98,7 @@ class ReducedLanguageModel(PreTrainedModel):
             )
 
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        kept, arguments, moved_B = entry(
+        entered = entry(
             keep_BL,
             inputs_embeds,
             attention_mask,
@@ -105,9 +108,11 @@ class ReducedLanguageModel(PreTrainedModel):
             past=past,
             read=read,
         )
+        kept, arguments, moved_B = entered
         run = None
         if self.method is not None:
-            run = Run(self.method, self, kept, attention_mask, read, past_key_values, prompt if drops else None)
+            run = Run(self.method, self, entered, attention_mask, read, past_key_values, prompt if drops else None)
+            run.look_ahead(entered)
             arguments["reduction"] = run
         with counting_entries(past_key_values):
             outputs = super().forward(past_key_values=past_key_values, **arguments)
@@ -118,6 +123,9 @@ class ReducedLanguageModel(PreTrainedModel):
             for index, layer in enumerate(outputs.past_key_values.layers):
                 there = kept if run is None else run.kept_at(index)
                 layer.extend(torch.where(there.real_BK, there.columns_BK + read, -1), read + length, moved_B)
+                if there is not end and self.method is not None and self.method.rewrites_cache:
+                    columns_BK = torch.where(end.real_BK, end.columns_BK + read, -1)
+                    layer.keep_of_newest(there.slots(end.columns_BK), columns_BK, there.columns_BK.shape[1])
         return outputs
 
 

@@ -1,7 +1,7 @@
 """Models of a family whose configuration names methods behind the encoder or inside the language model."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from inspect import signature
@@ -13,11 +13,12 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from laco.errors import LacoError
 from laco.families.encoders import encoder_of
+from laco.families.reduction.decisions import around_missing, teaching_reducer
 from laco.families.reduction.language_model import extend
 from laco.families.reduction.layout import Choice, laid_out, starts
 from laco.families.reduction.pictures import Pictures, View
 from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
-from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, tapped
+from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of, tapped
 from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
 from laco.methods.question import QuestionSelector
 
@@ -98,32 +99,42 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             return super().forward(*args, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self.selected(super().get_image_features, args, kwargs, video=False)  # type: ignore[misc]
+        return self.encode(super().get_image_features, args, kwargs, video=False)  # type: ignore[misc]
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self.selected(super().get_video_features, args, kwargs, video=True)  # type: ignore[misc]
+        return self.encode(super().get_video_features, args, kwargs, video=True)  # type: ignore[misc]
 
-    def selected(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any], video: bool) -> Any:
-        """Features of pictures as `run` gives them, rows of NaN where the selector leaves a token out."""
-        selector = self.config.selector
-        if selector is None or PASSING.get():
-            return run(*args, **kwargs)
+    def encode(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any], video: bool) -> Any:
+        """Features of pictures as `run` gives them, rows of NaN where the selector leaves a token out.
+
+        What methods inside the language model want to know of them is noted on the way.
+        """
+        selector, pictures = self.config.selector, self.pictures
+        mapped = map_layers(pictures.encoder(self), self.config.decoder_method)
+        if (selector is None and not mapped) or PASSING.get():
+            with self.reducing():
+                return run(*args, **kwargs)
         inputs = signature(run).bind(*args, **kwargs).arguments
         as_dict = kwargs.pop("return_dict", None)
-        pictures, needed = self.pictures, set(selector.needs)
-        if selector.applies_to == "features":
+        needed = set() if selector is None else set(selector.needs)
+        if selector is not None and selector.applies_to == "features":
             needed.add("features")
         taps = needed & FROM_ENCODER
-        with tapped(pictures.read_layer(self, inputs)) if taps else nullcontext() as tap, within(PASSING, True):
+        with ExitStack() as stack:
+            tap = stack.enter_context(tapped(pictures.read_layer(self, inputs))) if taps else None
+            map_taps = [stack.enter_context(tapped(layer)) for layer in mapped]
+            stack.enter_context(within(PASSING, True))
             outputs = run(*args, **kwargs, return_dict=True)
         tokens = pictures.tokens(self, outputs.pooler_output)
-        if any(row.isnan().any() for row in tokens):
+        if any(row.isnan().any() for row in tokens) and selector is not None:
             raise LacoError("the vision encoder or the projector puts out NaN")
         lengths = [len(row) for row in tokens]
         views = pictures.views(self, lengths, inputs, video)
-        if isinstance(selector, QuestionSelector):
-            # It chooses in the language model.
-            outputs.encoded = Encoded(self.placeholder(video), lengths, views, [()] * len(lengths))
+        if selector is None or isinstance(selector, QuestionSelector):
+            # The choice is made in the language model.
+            maps = maps_of(pictures, self, map_taps, views, inputs, video)
+            stand_for = pictures.placeholders(self, lengths, inputs, video)
+            outputs.encoded = Encoded(self.placeholder(video), stand_for, views, maps)
             if (prompt := PROMPT.get()) is not None:
                 prompt.encoded.append(outputs.encoded)
             return outputs.to_tuple() if as_dict is False else outputs
@@ -138,13 +149,24 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             [laid_out(rows, own, project) for rows, own in zip(tokens, choices, strict=True)], outputs.pooler_output
         )
         if (levels := getattr(outputs, "deepstack_features", None)) is not None:
-            outputs.deepstack_features = [
-                pictures.like(
-                    [laid_out(*pair) for pair in zip(pictures.tokens(self, level), choices, strict=True)], level
-                )
-                for level in levels
-            ]
+            outputs.deepstack_features = [self.laid_out_level(level, choices, lengths) for level in levels]
         return outputs.to_tuple() if as_dict is False else outputs
+
+    def laid_out_level(self, level: Any, choices: Sequence[Sequence[Choice]], lengths: Sequence[int]) -> Any:
+        """Features of one layer for DeepStack; before transformers 5.18, of all pictures in one tensor."""
+        parts = level.split(lengths) if isinstance(level, Tensor) else level
+        parts = [laid_out(*pair) for pair in zip(parts, choices, strict=True)]
+        return torch.cat(parts) if isinstance(level, Tensor) else type(level)(parts)
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Around a call of the encoder, inside of which a method may drop tokens."""
+        encoder = self.pictures.encoder(self)
+        with ExitStack() as stack:
+            if getattr(encoder.config, "reducer", None) and self.pictures.by_token:
+                stack.enter_context(around_missing(self.pictures.projector(self)))
+            stack.enter_context(teaching_reducer(encoder))
+            yield
 
     def choice(
         self,

@@ -45,9 +45,12 @@ class Pictures:
     def language_model(self, body: Any) -> Any:
         return body.language_model
 
+    def projector(self, body: Any) -> Any:
+        """What maps features of the encoder, token by token, to what the language model reads."""
+        return body.multi_modal_projector
+
     def project(self, body: Any, x_NC: Tensor) -> Tensor:
-        """What the language model reads of features of the encoder, token by token."""
-        return body.multi_modal_projector(x_NC)
+        return self.projector(body)(x_NC)
 
     def tokens(self, body: Any, features: Any) -> list[Tensor]:
         """(n, D) for each picture, of the model's `pooler_output`."""
@@ -79,6 +82,10 @@ class Pictures:
     def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
         """The views of each picture, which has so many rows. What is in none of them is a line break or the like."""
         return [[square_view(length)] for length in lengths]
+
+    def placeholders(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[int]:
+        """How many tokens of a prompt stand for each picture, which has so many rows."""
+        return list(lengths)
 
     def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
         """Values of the encoder's tokens as those of each picture's rows, view after view, line breaks left out."""

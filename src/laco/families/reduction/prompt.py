@@ -144,5 +144,7 @@ def prompt_of(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> P
         said_BL[:, answers:] = True
     elif answers is not None and answers.shape == input_ids.shape:
         said_BL = answers >= 0
+        if attention_mask is not None and attention_mask.ndim == 4:  # no text comes behind the last answer: padding
+            real_BL = said_BL.flip(1).cumsum(dim=1).flip(1) > 0 | ~said_BL.any(dim=1, keepdim=True)
     end_B = torch.where(said_BL.any(dim=1), said_BL.int().argmax(dim=1), length)
     return Prompt(input_ids, visual_BL, real_BL, said_BL, end_B, model.get_input_embeddings())

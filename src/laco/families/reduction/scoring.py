@@ -13,37 +13,16 @@ import torch
 from torch import Tensor
 
 from laco.errors import LacoError
-from laco.families.reduction.decoder import at, queries_keys
+from laco.families.reduction.ahead import Reached, run_up_to
 from laco.families.reduction.kept import Entry, entry, placed
 from laco.families.reduction.layout import Choice, laid_out
+from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.pictures import View
+from laco.families.reduction.projections import at, queries_keys
 from laco.families.reduction.prompt import Prompt, Shown
-from laco.methods import Signals
+from laco.families.reduction.relevance import seen_of, teach
 from laco.methods.decoder import attention_rows
 from laco.methods.selector import Positions
-
-
-class Reached(Exception):
-    """Ends a pass before a layer, with what the layer would have read."""
-
-    def __init__(self, x_BKD: Tensor, kwargs: Mapping[str, Any]) -> None:
-        self.x_BKD, self.kwargs = x_BKD, kwargs
-
-
-def run_up_to(model: Any, number: int, entry: Entry) -> Reached:
-    """What enters the layer with this number, from 0; nothing behind it is computed."""
-
-    def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Reached(args[0] if args else kwargs["hidden_states"], kwargs)
-
-    hook = model.layers[number].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model.stock_forward(**entry.arguments | {"use_cache": False})
-    except Reached as reached:
-        return reached
-    finally:
-        hook.remove()
-    raise AssertionError("the layers of a language model run one after another")
 
 
 def without_rest(
@@ -63,14 +42,20 @@ def without_rest(
     """
     selector = model.selector
     pictures = prompt.pictures(selector.name)
-    attention = text_attention(model, prompt, pictures, inputs_embeds.detach(), attention_mask, position_ids, others)
+    given = (inputs_embeds.detach(), attention_mask, position_ids, others)
+    lesson = LESSON.get() if model.training and selector.trained else None
+    attention: list[list[list[Any]]] = [[[None] * len(picture.views) for picture in row] for row in pictures]
+    if "text_attention" in selector.needs or lesson is not None:
+        attention = text_attention(model, prompt, pictures, *given)
+    if lesson is not None:
+        teach(model, lesson, prompt, pictures, attention, *given)
     out_BLD = inputs_embeds.clone()
     for row, (shown, maps) in enumerate(zip(pictures, attention, strict=True)):
         for picture, views in zip(shown, maps, strict=True):
             rows_nD = inputs_embeds[row, picture.columns]
             choices = []
             for view, map_HMN in zip(picture.views, views, strict=True):
-                signals = Signals(grid=view.grid, tokens=rows_nD[view.rows].detach(), text_attention=map_HMN)
+                signals = seen_of(model, prompt, row, view, rows_nD, map_HMN)
                 choices.append(Choice(view, selector(signals, model.trained_module("selector")), 0, None))
             out_BLD[row, picture.columns] = laid_out(rows_nD, choices)
     return out_BLD

@@ -1,6 +1,6 @@
 """What selectors look at, gathered while the vision encoder runs."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,8 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from laco.errors import LacoError
 from laco.families.encoders import encoder_of
-from laco.families.reduction.pictures import Pictures
+from laco.families.reduction.pictures import Pictures, View
+from laco.methods import Method
 
 FROM_ENCODER = {"features", "keys", "queries", "cls_attention"}
 
@@ -103,3 +105,37 @@ def from_encoder(
             parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), strict=True) if lengths else [(q, k)]
             fields["received"] = spread(torch.cat([received(*part) for part in parts], dim=1)[..., None])
     return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+
+
+def map_counts(method: Method | None, num_layers: int) -> list[int]:
+    """After how many of an encoder's layers a method wants to see what they put out; deep ones first."""
+    depths: tuple[float, ...] = getattr(method, "maps", ()) if method is not None and "maps" in method.needs else ()
+    return [max(round(depth * num_layers), 1) for depth in depths]
+
+
+def map_layers(encoder: Any, method: Method | None) -> list[Any]:
+    layers = encoder_of(encoder.config).layers(encoder)
+    return [layers[count - 1] for count in map_counts(method, len(layers))]
+
+
+def maps_of(
+    pictures: Pictures,
+    body: Any,
+    taps: Sequence[Tap],
+    views: Sequence[Sequence[View]],
+    inputs: Mapping[str, Any],
+    video: bool,
+) -> list[tuple[Tensor, ...]]:
+    """What these layers put out, for each picture: (N, C) of a layer, one view after the other, without a gradient."""
+    levels: list[list[Rows]] = []
+    for tap in taps:
+        assert tap.put_out is not None
+        levels.append(rows_of(pictures, body, tap.put_out.detach(), len(views), inputs, video))
+    maps = [tuple(level[index].rows for level in levels) for index in range(len(views))]
+    for own, some in zip(views, maps, strict=True):
+        if any(len(map_NC) != sum(view.grid.tokens for view in own) for map_NC in some):
+            raise LacoError(
+                "a method inside the language model reads layers of the vision encoder before its tokens are merged;"
+                " put no merger into that encoder, or one before these layers"
+            )
+    return maps

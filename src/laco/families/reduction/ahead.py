@@ -1,0 +1,31 @@
+"""The first layers of a language model alone: what would enter a layer, before the whole model runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from laco.families.reduction.kept import Entry
+
+
+class Reached(Exception):
+    """Ends a pass before a layer, with what the layer would have read."""
+
+    def __init__(self, x_BKD: Tensor, kwargs: Mapping[str, Any]) -> None:
+        self.x_BKD, self.kwargs = x_BKD, kwargs
+
+
+def run_up_to(model: Any, number: int, entry: Entry) -> Reached:
+    """What enters the layer with this number, from 0; nothing behind it is computed."""
+
+    def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Reached(args[0] if args else kwargs["hidden_states"], kwargs)
+
+    hook = model.layers[number].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.stock_forward(**entry.arguments | {"use_cache": False})
+    except Reached as reached:
+        return reached
+    finally:
+        hook.remove()
+    raise AssertionError("the layers of a language model run one after another")

@@ -1,0 +1,58 @@
+"""What a method inside the vision encoder means for training: tokens that are missing, and a loss of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laco.families.encoders.reducing import ReducingLayer
+from laco.families.reduction.lesson import LESSON, Taught
+
+
+@contextmanager
+def around_missing(projector: nn.Module) -> Iterator[None]:
+    """While this lasts, a projector reads zeros where a token is missing, and still puts out NaN.
+
+    The gradient of its weights sums over all tokens, and 0 * NaN is NaN.
+    """
+    missing: list[Tensor] = []
+
+    def enter(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        missing.append(args[0][..., :1].isnan())
+        return args[0].masked_fill(missing[-1], 0), *args[1:]
+
+    def leave(_: Any, __: Any, out: Tensor) -> Tensor:
+        return out.masked_fill(missing.pop(), torch.nan)
+
+    hooks = [projector.register_forward_pre_hook(enter), projector.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def teaching_reducer(encoder: Any) -> Iterator[None]:
+    """Gives the lesson, if there is one, the loss of the encoder's reducer for one call of the encoder."""
+    lesson, reducer = LESSON.get(), getattr(encoder.config, "reducing_method", None)
+    if lesson is None or not encoder.training or not isinstance(reducer, Taught):
+        yield
+        return
+    keeps_BM: list[Tensor] = []
+
+    def note(layer: ReducingLayer, _: Any, out: Any) -> None:
+        state = out[1]
+        # Masked tokens keep their places in training; package tokens stand behind them.
+        keeps_BM.append(state.policy_BN[:, state.prefix : state.slot_BS.shape[1]])
+
+    deciding = [layer for layer in encoder.layers if isinstance(layer, ReducingLayer) and layer.compressor is not None]
+    hooks = [layer.register_forward_hook(note) for layer in deciding]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    lesson.give(reducer, reducer.loss(keeps_BM, None, None))
