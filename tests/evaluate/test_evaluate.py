@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import laco
 import tiny
@@ -76,8 +77,10 @@ def test_each_picture_is_encoded_once(talker, monkeypatch):
 
 
 def video_talker():
-    """A tiny LLaVA-OneVision that is asked about videos."""
+    """A tiny LLaVA-OneVision that is asked about videos, with embeddings of its own for output, as `talker`."""
     model, stock = tiny.llava_onevision()
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     settings = {name: getattr(stock, name) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")}
     return model, LlavaOnevisionFramesProcessor(stock.image_processor, stock.tokenizer, num_image_tokens=36, **settings)
 
