@@ -162,7 +162,7 @@ def train(
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Option(help='"world", a .jsonl file, a directory with one, or a LLaVA .json file.')
+        str, typer.Option(help='"world", "world-video", a .jsonl file, a directory with one, or a LLaVA .json file.')
     ] = "world",
     split: Annotated[str | None, typer.Option(help="Only this split of the data.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses fresh pictures, or which questions of a file.")] = 0,
