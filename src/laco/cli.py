@@ -218,6 +218,7 @@ def study(
     only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row and the baselines.")] = None,
     timing: Annotated[bool, typer.Option("--timing", help="Measure times again; nothing else should run.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the Markdown page goes.")] = None,
+    as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Heal nothing; healing can follow later.")] = False,
     show_plan: Annotated[bool, typer.Option("--list", help="Show what would run, and run nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -226,6 +227,8 @@ def study(
 
     read = load_study(recipe, output=None if output is None else str(output))
     check_model(read.model)
+    if as_it_is:
+        read = read.model_copy(update={"heal": None})
     quiet()
     from laco.study import page as pages
     from laco.study import plan, run, write
