@@ -348,6 +348,19 @@ def test_the_command_takes_what_is_there_and_writes_all_files(
     assert [entry["row"] for entry in listed if entry["cannot"]][-1] == "too deep"
 
 
+@pytest.mark.parametrize("options", [(), ("--as-it-is",)])
+def test_healing_can_be_left_out(
+    options: tuple[str, ...], talker_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(recipe(talker_directory, heal={"budgets": [0.25]}, output=str(tmp_path / "out"))))
+    monkeypatch.setattr(sys, "argv", ["laco", "study", str(file), "--list", "--json", *options])
+    with pytest.raises(SystemExit):
+        cli.main()
+    healed = sum(entry["healed"] for entry in json.loads(capsys.readouterr().out))
+    assert healed == 0 if options else healed > 0
+
+
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(LacoError, match="there is no model"):
         make_plan(parse_study(recipe(tmp_path / "nothing")))
