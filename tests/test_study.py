@@ -282,7 +282,10 @@ def studied(talker_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
     timing = {"rounds": 2, "batch": 2}
     whole = recipe(talker_directory, rows=rows, judge={"samples": 14}, seeds=[0], timing=timing)
     file.write_text(yaml.safe_dump({**whole, "output": str(output)}))
-    command = [sys.executable, "-c", "from laco.cli import main; main()", "study", str(file), "--jobs", "1"]
+    # The background jobs of a shell ignore SIGINT, and so does what they start: these tests perhaps.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from laco.cli import main; main()"
+    command = [sys.executable, "-c", code, "study", str(file), "--jobs", "1"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True
     )
