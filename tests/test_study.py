@@ -209,16 +209,16 @@ def test_page_table_and_csv_show_every_line() -> None:
 
 
 def test_the_plot_names_what_nothing_beats() -> None:
-    ratio = Ratio(value=1, low=1, high=1)
     found = lines_of(("dart", "language_model", "1111110000"), ("scope", "external", "1110000000"))
-    lines = [
-        line.model_copy(update={"cost": Cost(encoder_ms=ms, prefill_ms=0, scoring_ms=0, speedup=ratio, memory_mb=1)})
-        for line, ms in zip(found, (4, 3, 1, 2), strict=True)
-    ]
+    lines = []
+    for line, faster in zip(found, (1, 4 / 3, 4, 2), strict=True):
+        ratio = Ratio(value=faster, low=faster, high=faster)
+        cost = Cost(encoder_ms=1, prefill_ms=0, scoring_ms=0, speedup=ratio, memory_mb=1)
+        lines.append(line.model_copy(update={"cost": cost}))
     assert [line.row for line in front(lines)] == ["none", "dart"]
     (axes,) = accuracy_against_time(lines).axes
     assert {text.get_text() for text in axes.texts} == {"none", "dart 25 %"}
-    assert axes.collections[0].get_offsets().tolist() == [[1, 60]]
+    assert axes.collections[0].get_offsets().tolist() == [[25, 60]]
 
 
 # What is measured.

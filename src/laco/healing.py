@@ -439,7 +439,10 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
     reports = [outcome.report for outcome in outcomes]
     averages = [report.average for report in reports]
     families = {name: pooled([report.families[name] for report in reports]) for name in reports[0].families}
-    low, high = seed_interval(averages) if len(averages) > 1 else average_interval(list(families.values()))
+    if len(set(averages)) > 1:
+        low, high = seed_interval(averages)
+    else:  # of runs that do not depend on the seed, one counts
+        low, high = average_interval(list(reports[0].families.values()))
     loyalties = [report.loyalty for report in reports if report.loyalty is not None]
     return Summary(
         name=outcomes[0].job.variant.name,

@@ -27,18 +27,18 @@ def accuracy_against_time(lines: Sequence[Line]) -> Figure:
     timed = [line for line in lines if line.cost]
     states = sorted({line.healed for line in timed})
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10, "axes.edgecolor": INK["muted"]}):
-        figure = Figure(figsize=(6.2 * len(states), 5.2), layout="constrained")
+        figure = Figure(figsize=(6.2 * len(states), 5.6), layout="constrained")
         panels = figure.subplots(1, len(states), sharey=True, squeeze=False)[0]
         for axes, healed in zip(panels, states, strict=True):
             draw(axes, [line for line in timed if line.healed == healed or line.row == "none"])
             axes.set_title("after healing" if healed else "as they are", color=INK["ink"])
         panels[0].set_ylabel("accuracy, % (mean of families)", color=INK["muted"])
-        figure.supxlabel("milliseconds of encoder and prefill, per question", color=INK["muted"], fontsize=10)
+        figure.supxlabel("time of encoder and prefill, % of the model as it is", color=INK["muted"], fontsize=10)
         there = [place for place in PLACES if any(line.place == place for line in timed)]
         figure.legend(
             handles=[Line2D([], [], color=COLOURS[p], marker="o", linestyle="none", label=PLACES[p]) for p in there],
             loc="outside upper left",
-            ncols=len(there),
+            ncols=len(there) if len(states) > 1 else 2,
             frameon=False,
             labelcolor=INK["muted"],
         )
@@ -85,5 +85,6 @@ def front(lines: Sequence[Line]) -> list[Line]:
 
 
 def time(line: Line) -> float:
+    """Per cent of the time of the model as it is, which was measured in turn with the line's."""
     assert line.cost is not None, "only lines that were timed are drawn"
-    return line.cost.answer_ms
+    return 100 / line.cost.speedup.value
