@@ -379,9 +379,31 @@ def test_spvit_trains() -> None:
     assert all(p.grad is not None and p.grad.count_nonzero() for p in module.parameters())
 
 
+def test_spvit_keeps_as_many_after_training_as_in_it() -> None:
+    """Log odds of a network that is unsure say keep, or drop, of all tokens; drawn decisions do not."""
+    torch.manual_seed(0)
+    module, method = selector().float(), SPViT(targets=(0.7,), layer=1)
+    with torch.no_grad():
+        module.score[-1].weight.mul_(0.05)
+        module.score[-1].bias.copy_(torch.tensor([0.85, 0.0]))  # a probability of 0.7, or nearly, for every token
+
+    def kept(x: Tensor) -> float:
+        _, state = method.before_layer(x, method.start(x, 2, prefix=1), 1, module)
+        alive = state.policy_BN if state.policy_BN is not None else torch.ones_like(state.size_BN)
+        return float((alive.detach().sum() - 2 * len(x)) / (len(x) * 64))  # without prefix and package
+
+    assert kept(rand(16, 1 + 64, WIDTH).float()) == 1
+    module.train()
+    drawn = [kept(rand(16, 1 + 64, WIDTH, seed=seed).float()) for seed in range(120)]
+    module.eval()
+    later = [kept(rand(16, 1 + 64, WIDTH, seed=seed).float()) for seed in range(200, 210)]
+    assert sum(drawn) / 120 == pytest.approx(0.7, abs=0.05)
+    assert sum(later) / 10 == pytest.approx(sum(drawn) / 120, abs=0.05)
+
+
 def test_decisions_are_exact_and_have_the_gradient_of_their_probability() -> None:
     logits = rand(2, 9, 2).requires_grad_()
-    decided = straight_through(logits)
+    decided = straight_through(logits[..., 0] - logits[..., 1])
     assert torch.equal(decided, (logits[..., 0] >= logits[..., 1]).double())
     (gradient,) = torch.autograd.grad(decided.square().sum() + decided.sum(), logits)
     (wanted,) = torch.autograd.grad(((2 * decided.detach() + 1) * logits.softmax(-1)[..., 0]).sum(), logits)

@@ -3,7 +3,8 @@
     package = sum p_i x_i / sum p_i    over the tokens dropped here, p = probability that the network gave to keeping
 
 In training tokens are not taken out but masked, so that the decision has a gradient (straight-through Gumbel
-softmax); after it they are gathered.
+softmax); after it they are gathered. There decisions are drawn, here they are not: a token stays if its log odds are
+above the threshold that lets as many stay as were drawn in training, for an unsure network would else keep all or none.
 """
 
 from dataclasses import dataclass, replace
@@ -43,7 +44,8 @@ class SPViT(Reducer):
         "selector, decision, package token, masked attention, layers 3, 6, 9 of 12, targets, loss"
     )
     assumed: ClassVar[str] = (
-        "most likely decision outside of training; batches padded; divergence from the teacher's side"
+        "threshold outside of training (the authors draw there, too); batches padded; divergence from the teacher's"
+        " side"
     )
     trained: ClassVar[bool] = True
     static_count: ClassVar[bool] = False
@@ -101,11 +103,16 @@ class SPViT(Reducer):
         prefix, packages, tokens = state.prefix, state.packages, x_BNC.shape[1]
         policy_BN = torch.ones_like(state.size_BN) if state.policy_BN is None else state.policy_BN
         log_BN2, soft_BN2 = selector(x_BNC[:, prefix:], policy_BN[:, prefix:])
-        decided_BN = straight_through(log_BN2 if noise_BN2 is None else log_BN2 + noise_BN2)
+        odds_BN = log_BN2[..., 0] - log_BN2[..., 1]
+        noise_BN = -selector.threshold if noise_BN2 is None else noise_BN2[..., 0] - noise_BN2[..., 1]
+        decided_BN = straight_through(odds_BN + noise_BN)
         fixed_N = torch.ones(tokens, dtype=torch.bool, device=x_BNC.device)
         fixed_N[prefix : tokens - packages] = False
         keep_BN = policy_BN * torch.where(fixed_N, 1, F.pad(decided_BN, (prefix, 0)))
         dropped_BN = policy_BN - keep_BN
+        if selector.training:
+            open_BM = (policy_BN > 0.5)[:, prefix : tokens - packages]
+            selector.calibrate(odds_BN[:, : open_BM.shape[1]][open_BM], keep_BN[:, prefix : tokens - packages][open_BM])
 
         weight_BN = dropped_BN * F.pad(soft_BN2[..., 0], (prefix, 0))
         package_BC = torch.einsum("bn,bnc->bc", weight_BN, at_least_float32(x_BNC).to(weight_BN.dtype))
@@ -152,7 +159,13 @@ class MultiheadSelector(MergerModule):
     All heads share one network. It sees a token's own features and the mean over the tokens that are alive; the heads'
     results are averaged with weights that depend on the token. The log scores are means of logarithms, so not
     normalised.
+
+    `threshold` () of the log odds: above it as many tokens are as were kept in training; a moving average over
+    `batches` () of them.
     """
+
+    threshold: Tensor
+    batches: Tensor
 
     def __init__(self, width: int, heads: int | None = None):
         super().__init__()
@@ -170,7 +183,22 @@ class MultiheadSelector(MergerModule):
         self.score = nn.Sequential(
             nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, size // 4), nn.GELU(), nn.Linear(size // 4, 2)
         )
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros(()))
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.threshold)
+        nn.init.zeros_(self.batches)
+
+    @torch.no_grad()
+    def calibrate(self, odds_M: Tensor, kept_M: Tensor) -> None:
+        """Notes at which log odds as many of these tokens are above as were kept."""
+        if len(odds_M):
+            border = odds_M.quantile(1 - kept_M.to(odds_M.dtype).mean()).to(self.threshold.dtype)
+            self.batches += 1
+            self.threshold.lerp_(border, (1 / self.batches).clamp(min=0.05))
 
     def forward(self, x_BNC: Tensor, policy_BN: Tensor) -> tuple[Tensor, Tensor]:
         x_BNHd = x_BNC.unflatten(-1, (self.heads, -1))
@@ -188,10 +216,10 @@ def gumbel(like: Tensor) -> Tensor:
     return -torch.empty_like(like, dtype=torch.float32).exponential_().log()
 
 
-def straight_through(logits_BN2: Tensor) -> Tensor:
-    """(B, N), exactly 1 where the first logit is the larger one, else 0; with the gradient of its probability."""
-    soft_BN = logits_BN2.softmax(dim=-1)[..., 0]
-    return (logits_BN2.argmax(dim=-1) == 0).to(soft_BN.dtype) + (soft_BN - soft_BN.detach())
+def straight_through(odds_BN: Tensor) -> Tensor:
+    """(B, N), exactly 1 where log odds are not negative, else 0; with the gradient of their probability."""
+    soft_BN = odds_BN.sigmoid()
+    return (odds_BN >= 0).to(soft_BN.dtype) + (soft_BN - soft_BN.detach())
 
 
 def policy_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 0, strict_reference: bool = False) -> Tensor:

@@ -39,10 +39,10 @@ def load(module: nn.Module, case: Case, names: dict[str, str], eps: str | None =
         eps: the hyper-parameter that holds the epsilon of the norms.
     """
     state = {}
-    for key in module.state_dict():
+    for key, _ in module.named_parameters():
         part, _, kind = key.rpartition(".")
         state[key] = case[f"{names[part]}_{kind}"]
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)  # buffers of ours stay
     if eps:
         for part in module.modules():
             if isinstance(part, nn.LayerNorm | nn.RMSNorm):
