@@ -23,7 +23,7 @@ from laco.attention import cls_rows, received
 from laco.errors import LacoError
 from laco.families.encoders.halves import Attended, Halves
 from laco.methods import MergerModule, Reducer
-from laco.methods.reducer import LayerSignals, State, spread, take
+from laco.methods.reducer import LayerSignals, State, in_batch, take
 
 # Behind every reducing layer that has run in this call of the encoder.
 STATES: ContextVar[list[State]] = ContextVar("laco_states")
@@ -149,10 +149,11 @@ def on_full_grid(x_BNC: Tensor, state: State, unmerge: bool) -> Tensor:
     if unmerge:
         return take(torch.cat([x_BNC, torch.full_like(x_BNC[:, :1], torch.nan)], dim=1), state.slot_BS)
     tokens = state.slot_BS.shape[1]
+    batch, _, channels = x_BNC.shape
     there_BN = state.size_BN > 0  # otherwise an empty package, or dropped and only masked
-    place_BN = state.place_BN.where(there_BN, tokens)
-    full_BNC = x_BNC.new_full((len(x_BNC), tokens + 1, x_BNC.shape[2]), torch.nan)
-    return full_BNC.scatter(1, spread(place_BN, x_BNC), x_BNC)[:, :-1]
+    rows = in_batch(state.place_BN, tokens).where(there_BN.flatten(), batch * tokens)
+    full = x_BNC.new_full((batch * tokens + 1, channels), torch.nan)
+    return full.index_copy_(0, rows, x_BNC.flatten(0, 1))[:-1].view(batch, tokens, channels)
 
 
 class ReducingVisionModel(PreTrainedModel):
