@@ -14,7 +14,7 @@ from transformers.generation import BaseStreamer
 from laco.evaluate.generation import count_visual_tokens, encode, evaluating, greedy, split_inputs
 from laco.evaluate.report import is_compressed
 from laco.families import family_of
-from laco.families.compat import given_features
+from laco.families.compat import encode_pictures, given_features
 from laco.families.reduction.prompt import knowing
 
 
@@ -68,7 +68,7 @@ def ask(
     with evaluating(model):
         for length in (2, max_new_tokens):
             with knowing(model, inputs):
-                features, encoder_ms = timed(lambda: model.get_image_features(**seen, return_dict=True))
+                features, encoder_ms = timed(lambda: encode_pictures(model, seen))
             watch = Stopwatch()
             with given_features(model, seen, others, features) as given:
                 settings = greedy(processor, model, length)

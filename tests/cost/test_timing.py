@@ -53,7 +53,7 @@ def test_the_parts_of_a_model() -> None:
     inputs = processor(text="<image>what?", images=tiny.picture(), return_tensors="pt")
     with torch.no_grad():
         whole = model(**inputs)
-    assert encoder_call(model, inputs)().pooler_output[0].shape == (9, model.config.text_config.hidden_size)
+    assert encoder_call(model, inputs)()["image"].pooler_output[0].shape == (9, model.config.text_config.hidden_size)
     torch.testing.assert_close(prefill_call(model, inputs)().logits[:, -1], whole.logits[:, -1])
 
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -62,3 +62,20 @@ def test_the_parts_of_a_model() -> None:
     step()
     step()
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [laco.VidCom2(keep=0.5), laco.CDPruner(keep=0.5), laco.FlexSelect(keep=0.5), None])
+def test_the_parts_of_a_model_that_watches_a_video_or_reads_the_question(method: laco.Method | None) -> None:
+    case = tiny.CASES["llava_onevision-siglip"]
+    model, processor = case.build()
+    if method is not None:
+        laco.compress(model, processor, method)
+    inputs = case.videos(model, processor, frames=3, seed=0)
+    with torch.no_grad():
+        whole = model(**inputs)
+    features = encoder_call(model, inputs)()
+    assert list(features) == ["video"]
+    missing = features["video"].pooler_output[0].isnan().any(dim=-1).sum()
+    # What is chosen in the language model leaves there.
+    assert missing == (27 // 2 if isinstance(method, laco.VidCom2 | laco.CDPruner) else 0)
+    torch.testing.assert_close(prefill_call(model, inputs)().logits[:, -1], whole.logits[:, -1])

@@ -164,7 +164,9 @@ def test_features_that_are_handed_over(name):
     seen = {key: batch.pop(key) for key in ("pixel_values", "image_grid_thw") if key in batch}
     with torch.no_grad():
         features = model.get_image_features(**seen, return_dict=True)
-        with given_features(model, seen, batch | {k: v for k, v in seen.items() if "grid" in k}, features) as given:
+        with given_features(
+            model, seen, batch | {k: v for k, v in seen.items() if "grid" in k}, {"image": features}
+        ) as given:
             logits = model(**given).logits[:, -1]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=0)
 

@@ -178,3 +178,9 @@ def test_a_compressed_model_reads_fewer_tokens_of_clips(made, tmp_path: Path) ->
     model, processor = laco.from_pretrained(tmp_path / "video", compressor=laco.LaCo(layer=2))
     report = laco.evaluate(model, processor, load_samples("world-video", limit=4), progress=False, max_new_tokens=2)
     assert report.visual_tokens == FRAMES * 4 + 1
+
+
+def test_dense_labels_are_for_encoders_that_see_whole_pictures(tmp_path: Path) -> None:
+    given = recipe(tmp_path / "out", new=NEW_VIDEO, stages=[ANSWER | {"dense": 0.3}])
+    with pytest.raises(LacoError, match=r"dense labels are of every patch .* llava_onevision sees tiles or frames"):
+        run(given, progress=False)

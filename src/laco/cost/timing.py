@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from laco.ask import timed
 from laco.evaluate.generation import split_inputs
 from laco.evaluate.report import versions
-from laco.families.compat import given_features
+from laco.families.compat import encode_pictures, given_features
+from laco.families.reduction.prompt import knowing
 from laco.train.recipe import Stage
 from laco.train.trainer import Learner
 
@@ -126,12 +127,16 @@ def processor_name() -> str:
 
 
 def encoder_call(model: Any, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """Vision encoder and projector over the pictures of `inputs`, which is what the processor returned."""
+    """Vision encoder and projector over pictures and videos of `inputs`, which is what the processor returned.
+
+    The call gives {"image" or "video": features}.
+    """
     seen, _ = split_inputs(model, inputs)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def call() -> Any:
-        return model.get_image_features(**seen, return_dict=True)
+        with knowing(model, inputs):  # some methods choose by the question
+            return encode_pictures(model, seen)
 
     return call
 

@@ -92,6 +92,7 @@ def split_inputs(model: Any, inputs: BatchFeature) -> tuple[dict[str, Tensor], d
     Grids of pictures are among both: the language model's positions follow from them (M-RoPE of Qwen).
     """
     takes = {name for kind in ("image", "video") for name in _parameters(model, kind)}
+    takes |= {"pixel_values_videos"}  # which models before transformers 5.18 call otherwise
     seen = {name: value for name, value in inputs.items() if name in takes}
     grids = ("image_grid_thw", "video_grid_thw")
     others = {name: value for name, value in inputs.items() if name not in takes or name in grids}

@@ -17,24 +17,39 @@ def checkpoint_activations(model: PreTrainedModel, **settings: Any) -> None:
     enable(settings or None)
 
 
+def encode_pictures(model: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """{"image" or "video": features} of the encoder's inputs `seen`, pixels and what is said of them."""
+    features = {}
+    for kind in ("image", "video"):
+        own = {name: value for name, value in seen.items() if ("video" in name) == (kind == "video")}
+        if own:
+            # Before 5.18 the pixels of videos are an argument of another name in some models; they always come first.
+            pixels = own.pop("pixel_values_videos" if kind == "video" else "pixel_values")
+            features[kind] = getattr(model, f"get_{kind}_features")(pixels, **own, return_dict=True)
+    return features
+
+
 @contextmanager
 def given_features(
-    model: Any, seen: Mapping[str, Any], others: Mapping[str, Any], features: Any
+    model: Any, seen: Mapping[str, Any], others: Mapping[str, Any], features: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Arguments with which a model, or `generate`, does not run its vision encoder again.
 
     Args:
         seen: the encoder's inputs.
         others: all other inputs.
-        features: what `get_image_features` made of `seen`.
+        features: what `encode_pictures` made of `seen`.
     """
     if TAKES_FEATURES:
-        yield {**others, "mm_encoder_outputs": {"image": features}}
+        yield {**others, "mm_encoder_outputs": dict(features)}
         return
-    # Such a model only takes pictures, but it asks its innermost part with this method for their features.
+    # Such a model only takes pixels, but it asks its innermost part with these methods for their features.
     *_, body = (part for part in model.modules() if hasattr(type(part), "get_image_features"))
-    body.get_image_features = lambda *args, **kwargs: features
+    names = {kind: f"get_{kind}_features" for kind in features}
+    for kind, name in names.items():
+        setattr(body, name, lambda *args, kind=kind, **kwargs: features[kind])
     try:
         yield {**others, **seen}
     finally:
-        del body.get_image_features
+        for name in names.values():
+            delattr(body, name)

@@ -141,7 +141,8 @@ class Call:
         samples = load_samples(data, limit=7 * batch, seed=0)
         first = list({sample.picture_key: sample for sample in samples}.values())
         asked = (first * batch)[:batch]
-        inputs = encode(processor, [asked[0].question] * batch, [sample.pictures() for sample in asked])
+        pictures, videos = [sample.pictures() for sample in asked], [sample.video for sample in asked]
+        inputs = encode(processor, [asked[0].question] * batch, pictures, videos)
         self.encoder, self.prefill = encoder_call(self.model, inputs), prefill_call(self.model, inputs)
 
     def run(self) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from laco.errors import LacoError
 from laco.families import family_of
-from laco.families.compat import given_features
+from laco.families.compat import encode_pictures, given_features
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.prompt import ANSWERS, within
 from laco.methods.spvit import distillation
@@ -121,12 +121,12 @@ class Learner(nn.Module):
             if self.dense is not None and dense_labels is not None:
                 vlm: Any = self.vlm
                 seen = {"pixel_values": inputs.pop("pixel_values")}
-                images = vlm.get_image_features(**seen, return_dict=True)
-                out["dense"] = self.dense(images.hidden_states[-1], dense_labels)
+                features = encode_pictures(vlm, seen)
+                out["dense"] = self.dense(features["image"].hidden_states[-1], dense_labels)
                 loss = loss + self.stage.dense * out["dense"]
             if "input_ids" in inputs:
                 labels = inputs.pop("labels")
-                given = stack.enter_context(given_features(self.vlm, seen, inputs, images)) if seen else inputs
+                given = stack.enter_context(given_features(self.vlm, seen, inputs, features)) if seen else inputs
                 out["answer_logits"] = answer_logits(self.vlm, given, labels)
                 out["answer"] = F.cross_entropy(out["answer_logits"].float(), labels[:, 1:][labels[:, 1:] != IGNORE])
                 loss = loss + out["answer"]
@@ -230,8 +230,13 @@ class LacoTrainer(Trainer):
 
 def check_lessons(model: PreTrainedModel, recipe: Recipe) -> None:
     """Raises `LacoError` where a stage weighs losses of methods that the model's have not, or that this data cannot
-    give.
+    give; or dense labels where the encoder does not see a picture as one grid.
     """
+    if any(stage.dense for stage in recipe.stages) and family_of(model).name != "llava":
+        raise LacoError(
+            "dense labels are of every patch of a picture that the encoder sees as a whole, as in llava; the encoder"
+            f" of {family_of(model).name} sees tiles or frames"
+        )
     methods = family_of(model).methods(model.config)
     taught = [method for method in methods if isinstance(method, Taught) and method.trained]
     for stage in recipe.stages:

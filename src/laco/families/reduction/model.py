@@ -92,8 +92,9 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             return super().forward(*args, **kwargs)
         prompt = prompt_of(self, input_ids, given.get("attention_mask"))
         handed = [*(given.get("mm_encoder_outputs") or {}).values()]
-        if (hand_over := vars(self).get("get_image_features")) is not None:  # `compat.given_features` before 5.18
-            handed.append(hand_over())
+        for name in ("get_image_features", "get_video_features"):  # `compat.given_features` before 5.18
+            if (hand_over := vars(self).get(name)) is not None:
+                handed.append(hand_over())
         prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
         with within(PROMPT, prompt):
             return super().forward(*args, **kwargs)
