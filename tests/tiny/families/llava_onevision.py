@@ -12,40 +12,9 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
+from laco.frames import LlavaOnevisionFramesProcessor
 from tiny.case import Case
-from tiny.parts import awake, findable, text_config, tokenizer, vision_config
-
-
-@findable
-class LlavaOnevisionImageOnlyProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor without video: its video processor would need torchvision.
-
-    transformers reads off the signature of `__init__` which parts a processor has and which settings it saves.
-    """
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        num_image_tokens: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        video_token: str = "<video>",
-        vision_aspect_ratio: str = "anyres_max_9",
-        **kwargs: Any,
-    ):
-        super().__init__(
-            image_processor,
-            tokenizer,
-            num_image_tokens=num_image_tokens,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            video_token=video_token,
-            vision_aspect_ratio=vision_aspect_ratio,
-            **kwargs,
-        )
+from tiny.parts import awake, text_config, tokenizer, vision_config
 
 
 def llava_onevision(
@@ -75,7 +44,7 @@ def llava_onevision(
         **config,
     )
     size = {"height": image_size, "width": image_size}
-    processor = LlavaOnevisionImageOnlyProcessor(
+    processor = LlavaOnevisionFramesProcessor(
         image_processor=LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=pinpoints),
         tokenizer=words,
         num_image_tokens=(image_size // patch_size) ** 2 + int(vision == "clip"),
