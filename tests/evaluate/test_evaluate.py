@@ -12,9 +12,8 @@ import tiny
 from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import answer, evaluate, prompt
-from laco.evaluate.generation import encode, greedy
+from laco.evaluate.generation import encode, encode_once, greedy
 from laco.families.compat import TAKES_FEATURES
-from laco.frames import LlavaOnevisionFramesProcessor
 
 QUESTIONS = ("hi?", "what is it?", "which word is written?")
 
@@ -76,13 +75,29 @@ def test_each_picture_is_encoded_once(talker, monkeypatch):
     assert rows == [2, 2]
 
 
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_pictures_that_were_encoded_once_are_read_in_every_family(name):
+    model, processor = tiny.CASES[name].build()
+    first, second = tiny.picture(0, 150, 150), tiny.picture(1, 140, 150)
+    shown = [[first], [second], [first]]
+    inputs = encode(processor, QUESTIONS, shown)
+    with torch.no_grad():
+        wanted = model(**inputs).logits[:, -1]
+        arguments = encode_once(model, inputs, shown)
+        found = model(**arguments).logits[:, -1]
+    # Pixels of tiles say nothing of pictures.
+    packs_tiles = name.partition("-")[0] in ("internvl", "llama4", "minicpmv")
+    assert ("mm_encoder_outputs" in arguments) == (TAKES_FEATURES and not packs_tiles)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+
+
 def video_talker():
     """A tiny LLaVA-OneVision that is asked about videos, with embeddings of its own for output, as `talker`."""
-    model, stock = tiny.llava_onevision()
+    model, processor = tiny.llava_onevision()
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
-    settings = {name: getattr(stock, name) for name in ("vision_feature_select_strategy", "vision_aspect_ratio")}
-    return model, LlavaOnevisionFramesProcessor(stock.image_processor, stock.tokenizer, num_image_tokens=36, **settings)
+    return model, processor
 
 
 def video_samples():

@@ -7,7 +7,7 @@ subclasses add.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import BatchFeature, Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import laco.frames  # noqa: F401  from here on AutoProcessor knows its processor
 from laco.data import Sample
 from laco.errors import LacoError
 from laco.families import FAMILIES
-from laco.families.compat import TAKES_FEATURES
+from laco.families.compat import TAKES_FEATURES, encode_pictures
 from laco.families.reduction import kept_columns
 
 
@@ -120,24 +119,42 @@ def encode_once(
 
     Returns:
         Arguments for `generate`: the inputs as they are where a question has not exactly one picture, or one video, or
-        where rows of the pixels are not pictures (families that pack patches), or where transformers is too old, or
-        where what is left of a picture depends on the question.
+        where the pixels of pictures cannot be told apart, or where transformers is too old, or where what is left of a
+        picture depends on the question.
     """
     seen, others = split_inputs(model, inputs)
     kind = "video" if videos and all(videos) else "image"
     one_each = kind == "video" or (not any(videos or ()) and all(len(shown) == 1 for shown in pictures))
     family = next((family for family in FAMILIES if family.owns(model)), None)
     by_question = family is not None and family.reads_question(model.config)
-    if by_question or not TAKES_FEATURES or not one_each or any(len(value) != len(pictures) for value in seen.values()):
+    parts = {name: of_each(value, name, seen) for name, value in seen.items()}
+    if by_question or not TAKES_FEATURES or not one_each or any(len(part) != len(pictures) for part in parts.values()):
         return dict(inputs)
     names = [tuple(map(id, shown)) for shown in pictures]
     different = list(dict.fromkeys(names))
     rows = [names.index(name) for name in different]
-    picked = {name: value[rows] for name, value in seen.items()}
-    features = getattr(model, f"get_{kind}_features")(**picked, return_dict=True).pooler_output
-    again: Any = [features[different.index(name)] for name in names]
-    again = torch.stack(again) if kind == "video" else again
-    return {**others, "mm_encoder_outputs": {kind: BaseModelOutputWithPooling(pooler_output=again)}}
+    picked = {name: torch.cat([part[row] for row in rows]) for name, part in parts.items()}
+    outputs = encode_pictures(model, picked)[kind]
+    numbers = [different.index(name) for name in names]
+
+    def again(features: Any) -> Any:
+        found = [features[number] for number in numbers]
+        return torch.stack(found) if isinstance(features, Tensor) else found
+
+    outputs.pooler_output = again(outputs.pooler_output)
+    if (levels := getattr(outputs, "deepstack_features", None)) is not None:
+        outputs.deepstack_features = [again(level) for level in levels]
+    return {**others, "mm_encoder_outputs": {kind: outputs}}
+
+
+def of_each(value: Tensor, name: str, seen: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """An input of the vision encoder, picture by picture: a row of each; or, where patches of all pictures follow each
+    other, as many as its grid has.
+    """
+    grids = seen.get("video_grid_thw" if "video" in name else "image_grid_thw")
+    if grids is None or not name.startswith("pixel_values"):
+        return value.split(1)
+    return value.split(grids.prod(dim=-1).tolist())
 
 
 def greedy(processor: Any, model: Any, max_new_tokens: int) -> dict[str, Any]:
