@@ -12,22 +12,9 @@ from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
-from laco.healing import (
-    HALVED_HEALED,
-    NONE,
-    STUDENT_T,
-    Job,
-    Protocol,
-    Variant,
-    average_interval,
-    comparison,
-    pooled,
-    recipe_of,
-    run_study,
-    seed_interval,
-    variant,
-    with_less_detail,
-)
+from laco.healing import HALVED_HEALED, NONE, Job, Protocol, Variant, average_interval, comparison, run_study, variant
+from laco.healing.job import recipe_of, with_less_detail
+from laco.healing.summary import STUDENT_T, pooled, seed_interval
 
 
 def score(hits: int, n: int) -> FamilyScore:

@@ -1,0 +1,99 @@
+"""Variants over their seeds: means and intervals."""
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from pydantic import BaseModel
+
+from laco.evaluate import FamilyScore
+from laco.evaluate.scores import wilson
+from laco.healing.variants import Outcome, Protocol
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal distribution's is near enough.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Summary(BaseModel):
+    """A variant over its seeds: mean accuracies in per cent with 95 % intervals.
+
+    `low` and `high` bound the average over families: over seeds by Student's t where there are two or more (then they
+    include the chance of initialisation and data order), else from the number of questions alone. `families` pool the
+    questions of all seeds (Wilson's interval).
+    """
+
+    name: str
+    method: dict[str, Any] | None
+    healed: bool
+    seeds: list[int]
+    average: float
+    low: float
+    high: float
+    families: dict[str, FamilyScore]
+    loyalty: float | None
+    visual_tokens: float
+    seconds: float
+
+
+class Study(BaseModel):
+    """All outcomes, and by label why jobs failed; `refused` are the labels of those that cannot, by what laco says."""
+
+    protocol: Protocol
+    outcomes: list[Outcome]
+    failures: dict[str, str]
+    refused: list[str] = []
+
+    def summaries(self) -> list[Summary]:
+        names = dict.fromkeys(outcome.job.variant.name for outcome in self.outcomes)
+        return [summarise([o for o in self.outcomes if o.job.variant.name == name]) for name in names]
+
+    def outcome(self, name: str) -> Outcome:
+        """The first outcome of a variant."""
+        return next(outcome for outcome in self.outcomes if outcome.job.variant.name == name)
+
+
+def summarise(outcomes: Sequence[Outcome]) -> Summary:
+    """One variant over its seeds."""
+    reports = [outcome.report for outcome in outcomes]
+    averages = [report.average for report in reports]
+    families = {name: pooled([report.families[name] for report in reports]) for name in reports[0].families}
+    if len(set(averages)) > 1:
+        low, high = seed_interval(averages)
+    else:  # of runs that do not depend on the seed, one counts
+        low, high = average_interval(list(reports[0].families.values()))
+    loyalties = [report.loyalty for report in reports if report.loyalty is not None]
+    return Summary(
+        name=outcomes[0].job.variant.name,
+        method=outcomes[0].job.variant.method,
+        healed=outcomes[0].job.variant.heal,
+        seeds=[outcome.job.seed for outcome in outcomes],
+        average=fmean(averages),
+        low=low,
+        high=high,
+        families=families,
+        loyalty=fmean(loyalties) if loyalties else None,
+        visual_tokens=reports[0].visual_tokens,
+        seconds=fmean(outcome.seconds for outcome in outcomes),
+    )
+
+
+def pooled(scores: Sequence[FamilyScore]) -> FamilyScore:
+    """One family's questions over all seeds, as if they were one large set."""
+    n = sum(score.n for score in scores)
+    hits = sum(round(score.accuracy * score.n / 100) for score in scores)
+    low, high = wilson(hits, n)
+    return FamilyScore(accuracy=100 * hits / n, low=low, high=high, n=n)
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean over seeds, in per cent, cut to 0 .. 100."""
+    half = STUDENT_T.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
+    return max(fmean(values) - half, 0.0), min(fmean(values) + half, 100.0)
+
+
+def average_interval(scores: Sequence[FamilyScore]) -> tuple[float, float]:
+    """95 % interval of the mean over families from those of the families (MOVER, Zou and Donner 2008)."""
+    mean = fmean(score.accuracy for score in scores)
+    down = sum((score.accuracy - score.low) ** 2 for score in scores) ** 0.5 / len(scores)
+    up = sum((score.high - score.accuracy) ** 2 for score in scores) ** 0.5 / len(scores)
+    return mean - down, mean + up
