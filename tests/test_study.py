@@ -341,6 +341,18 @@ def test_the_command_takes_what_is_there_and_writes_all_files(
     assert "![Accuracy against measured time](zoo.png)" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
+    more = yaml.safe_load(file.read_text())
+    more["rows"].append({"method": "average_pool", "name": "later", "layer": 2, "budgets": "factor"})
+    file.with_name("more.yaml").write_text(yaml.safe_dump(more))
+    found = run(load_study(file.with_name("more.yaml")), finished=True)
+    assert found.lines == before.lines
+    assert found.pending == 1
+    assert "Runs of this study that have not been made yet: 1." in as_markdown(found, None)
+    assert "Runs of this study that have not been made yet: 1." in list(remarks(found))[-2]
+    assert {path: path.stat().st_mtime_ns for path in output.glob("jobs/*/outcome.json")} == stamps
+    with pytest.raises(LacoError, match=r"nothing of this study is finished in .*nothing.jobs; run it without"):
+        run(load_study(file, output=str(output / "nothing")), finished=True)
+
     shown = command("--timing")
     assert "average_pool@1/4" in shown
     assert "too deep cannot: " in shown

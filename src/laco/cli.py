@@ -219,6 +219,7 @@ def study(
     timing: Annotated[bool, typer.Option("--timing", help="Measure times again; nothing else should run.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the Markdown page goes.")] = None,
     as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Heal nothing; healing can follow later.")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="Start nothing; show what is there so far.")] = False,
     show_plan: Annotated[bool, typer.Option("--list", help="Show what would run, and run nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -241,7 +242,7 @@ def study(
             out.print(pages.plan_table(listed))
         return
     try:
-        results = run(read, jobs=jobs, retime=timing, only=only or [], progress=not as_json)
+        results = run(read, jobs=jobs, retime=timing, only=only or [], finished=finished, progress=not as_json)
     except KeyboardInterrupt:
         print("laco: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

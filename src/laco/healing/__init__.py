@@ -6,7 +6,7 @@ than one process after the other with all cores. What is finished is kept on dis
 and extended; a variant that fails is reported and stops nothing.
 """
 
-from laco.healing.run import run_study
+from laco.healing.run import finished_study, run_study
 from laco.healing.summary import Study, Summary, average_interval
 from laco.healing.variants import (
     HALVED,
@@ -34,6 +34,7 @@ __all__ = [
     "Variant",
     "average_interval",
     "comparison",
+    "finished_study",
     "label",
     "outline",
     "run_study",

@@ -47,13 +47,7 @@ def run_study(
     Raises:
         LacoError: two variants have one name, or the model as it is cannot be evaluated.
     """
-    rows = [NONE, *(row for row in variants if row != NONE)]
-    folders = [slug(row.name) for row in rows]
-    if twice := [row.name for row in rows if folders.count(slug(row.name)) > 1]:
-        raise LacoError(f"two variants are called {twice[0]!r}; give them different names")
-    jobs = [
-        Job(variant=row, seed=seed, protocol=protocol) for row in rows for seed in (seeds if row.random else seeds[:1])
-    ]
+    jobs = jobs_of(variants, protocol, seeds)
     outcomes: dict[int, Outcome] = {}
     failures: dict[str, str] = {}
     refused: list[str] = []
@@ -80,6 +74,35 @@ def run_study(
             raise
     done = [outcomes[number] for number in sorted(outcomes)]
     return Study(protocol=protocol, outcomes=done, failures=failures, refused=refused)
+
+
+def jobs_of(variants: Sequence[Variant], protocol: Protocol, seeds: Sequence[int]) -> list[Job]:
+    """The processes of a study, that of the model as it is first. Arguments and errors as of `run_study`."""
+    rows = [NONE, *(row for row in variants if row != NONE)]
+    folders = [slug(row.name) for row in rows]
+    if twice := [row.name for row in rows if folders.count(slug(row.name)) > 1]:
+        raise LacoError(f"two variants are called {twice[0]!r}; give them different names")
+    return [
+        Job(variant=row, seed=seed, protocol=protocol) for row in rows for seed in (seeds if row.random else seeds[:1])
+    ]
+
+
+def finished_study(
+    variants: Sequence[Variant], protocol: Protocol, output: str | Path, *, seeds: Sequence[int] = (0,)
+) -> Study:
+    """What `run_study` has finished so far: variants with all their seeds. Starts nothing.
+
+    Raises:
+        LacoError: two variants have one name, or the model as it is has not been evaluated yet.
+    """
+    jobs = jobs_of(variants, protocol, seeds)
+    outcomes = [finished(Path(output) / slug(label(job)), job) for job in jobs]
+    if outcomes[0] is None:
+        raise LacoError(f"nothing of this study is finished in {output}; run it without --finished first")
+    pending = [label(job) for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None]
+    waiting = {job.variant.name for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None}
+    done = [outcome for outcome in outcomes if outcome is not None and outcome.job.variant.name not in waiting]
+    return Study(protocol=protocol, outcomes=done, failures={}, pending=pending)
 
 
 class Failure(NamedTuple):

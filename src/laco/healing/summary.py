@@ -36,12 +36,15 @@ class Summary(BaseModel):
 
 
 class Study(BaseModel):
-    """All outcomes, and by label why jobs failed; `refused` are the labels of those that cannot, by what laco says."""
+    """All outcomes, and by label why jobs failed; `refused` are the labels of those that cannot, by what laco says,
+    `pending` of those that have not been run.
+    """
 
     protocol: Protocol
     outcomes: list[Outcome]
     failures: dict[str, str]
     refused: list[str] = []
+    pending: list[str] = []
 
     def summaries(self) -> list[Summary]:
         names = dict.fromkeys(outcome.job.variant.name for outcome in self.outcomes)

@@ -67,6 +67,7 @@ class Costs(BaseModel):
     """All that was measured: by `key_of` a method, its cost, or why it could not be timed."""
 
     model: str
+    data: str
     timing: Timing
     machine: dict[str, Any]
     found: dict[str, Cost | str]
@@ -97,8 +98,8 @@ def measure_costs(
         again: forgets what is in the file.
         progress: shows bars on stderr.
     """
-    costs = Costs(model=model, timing=timing, machine=machine(), found={})
-    if not again and (known := read_costs(file)) and (known.model, known.timing) == (model, timing):
+    costs = Costs(model=model, data=data, timing=timing, machine=machine(), found={})
+    if not again and (known := read_costs(file)) and (known.model, known.data, known.timing) == (model, data, timing):
         costs = known
     left = {key: method for method in methods if method and (key := key_of(method)) not in costs.found}
     keys = list(left)

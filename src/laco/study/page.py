@@ -38,6 +38,8 @@ def table(results: StudyResults) -> Table:
 def remarks(results: StudyResults) -> Iterator[str]:
     """What stands below the table: what the baselines beat, and what is missing, with reasons."""
     yield from results.verdicts
+    if results.pending:
+        yield pending_text(results)
     for head, reasons in (("cannot", results.refused), ("no times", results.untimed), ("failed", results.failures)):
         yield from (f"{name} {head}: {reason}" for name, reason in reasons.items())
 
@@ -96,6 +98,9 @@ def paragraphs(results: StudyResults, picture: str | None) -> Iterator[str]:
     yield ""
     yield protocol_text(results)
     yield ""
+    if results.pending:
+        yield f"**{pending_text(results)}**"
+        yield ""
     yield f"{machine['processor']}, {machine['cores']} cores; torch {machine['torch']},"
     yield f"transformers {machine['transformers']}, laco {machine['laco']}."
     yield ""
@@ -151,6 +156,13 @@ def protocol_text(results: StudyResults) -> str:
     if timing:
         text += f" Times: medians of {timing['rounds']} rounds in turn, {timing['batch']} questions a batch."
     return text
+
+
+def pending_text(results: StudyResults) -> str:
+    return (
+        f"Runs of this study that have not been made yet: {results.pending}. A row is shown when all its seeds are"
+        " there."
+    )
 
 
 def interval(score: FamilyScore) -> str:

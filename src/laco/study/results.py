@@ -73,6 +73,7 @@ class StudyResults(BaseModel):
         refused: {row: why the method cannot stand or run in the model}.
         failures: {job: last words}, defects.
         untimed: {row: why its cost could not be measured}.
+        pending: runs that have not been made.
         verdicts: sentences on which methods the baselines beat.
     """
 
@@ -83,6 +84,7 @@ class StudyResults(BaseModel):
     refused: dict[str, str]
     failures: dict[str, str]
     untimed: dict[str, str]
+    pending: int = 0
     machine: dict[str, Any]
     versions: dict[str, str]
 
@@ -114,19 +116,19 @@ def make_lines(
                 budget=case.budget,
                 visual_tokens=read_on_average(summary, tokens, num_layers),
                 families=in_order(summary.families),
-                hard=part_score([hit for hit, index in hits if index in hard]),
-                easy=part_score([hit for hit, index in hits if index not in hard]),
+                hard=None if hard is None else part_score([hit for hit, index in hits if index in hard]),
+                easy=None if hard is None else part_score([hit for hit, index in hits if index not in hard]),
                 cost=cost if isinstance(cost, Cost) else None,
             )
         )
     return sorted(lines, key=lambda line: (-(line.budget or 1), line.healed))
 
 
-def hard_questions(cases: Sequence[Case], study: Study, samples: Sequence[Sample]) -> set[int]:
-    """Which questions the input down-sampled by 2 gets wrong, without training."""
+def hard_questions(cases: Sequence[Case], study: Study, samples: Sequence[Sample]) -> set[int] | None:
+    """Which questions the input down-sampled by 2 gets wrong, without training; None before it was asked."""
     variant = next(c.variant for c in cases if c.variant.down_sample == 2 and not c.variant.heal)
     outcomes = [outcome for outcome in study.outcomes if outcome.job.variant == variant]
-    return {index for hit, index in all_hits(outcomes, samples) if not hit}
+    return {index for hit, index in all_hits(outcomes, samples) if not hit} if outcomes else None
 
 
 def all_hits(outcomes: Sequence[Outcome], samples: Sequence[Sample]) -> list[tuple[bool, int]]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from laco.cost import machine
 from laco.evaluate.report import command, versions
 from laco.files import write_file
-from laco.healing import Job, Study, label, run_study
+from laco.healing import Job, Study, finished_study, label, run_study
 from laco.report.plots import as_png
-from laco.study.measure import Costs, key_of, measure_costs
+from laco.study.measure import Costs, key_of, measure_costs, read_costs
 from laco.study.page import as_csv, as_markdown
 from laco.study.plan import Case, by_row, chosen, language_layers, make_plan
 from laco.study.plot import accuracy_against_time
@@ -22,6 +22,7 @@ def run(
     jobs: int | None = None,
     retime: bool = False,
     only: Sequence[str] = (),
+    finished: bool = False,
     progress: bool = True,
 ) -> StudyResults:
     """Judges what a recipe says; what is finished in its output directory is taken from there.
@@ -31,20 +32,26 @@ def run(
         jobs: processes at a time, of one thread each; None = one a core.
         retime: measures times again.
         only: rows to judge beside the baselines; all if empty.
+        finished: starts nothing, and gives what is there.
         progress: shows bars on stderr.
 
     Raises:
-        LacoError: there is no such model or row, or the model as it is cannot be judged.
+        LacoError: there is no such model or row, or the model as it is cannot be judged, or was not if `finished`.
     """
     (cases, refused), output, protocol = chosen(make_plan(recipe), only), Path(recipe.output), recipe.protocol
     variants = [case.variant for case in cases]
-    study = run_study(variants, protocol, output / "jobs", seeds=recipe.seeds, workers=jobs, progress=progress)
-    costs = None
-    if recipe.timing:
+    costs, times = None, output / "times.json"
+    if finished:
+        study = finished_study(variants, protocol, output / "jobs", seeds=recipe.seeds)
+        costs = read_costs(times)
+    else:
+        study = run_study(variants, protocol, output / "jobs", seeds=recipe.seeds, workers=jobs, progress=progress)
+    if recipe.timing and not finished:
         judged = {outcome.job.variant.name for outcome in study.outcomes}
         methods = [variant.method for variant in variants if variant.name in judged]
-        file = output / "times.json"
-        costs = measure_costs(methods, protocol.model, recipe.timing, file, again=retime, progress=progress)
+        costs = measure_costs(
+            methods, protocol.model, recipe.timing, times, data=protocol.data, again=retime, progress=progress
+        )
     lines = make_lines(cases, study, protocol.judged_on(), costs, language_layers(protocol.model))
     return StudyResults(
         command=command(),
@@ -54,6 +61,7 @@ def run(
         refused=refused | refused_jobs(cases, study, recipe),
         failures={name: reason for name, reason in study.failures.items() if name not in study.refused},
         untimed=untimed(cases, costs) if costs else {},
+        pending=len(study.pending),
         machine=costs.machine if costs else machine(),
         versions=versions(),
     )
