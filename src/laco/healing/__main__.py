@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 from laco.errors import LacoError
+from laco.files import write_file
 from laco.healing.job import do_job
-from laco.healing.run import REFUSED
+from laco.healing.run import REFUSAL
 
+directory = Path(sys.argv[1])
 try:
-    do_job(Path(sys.argv[1]), Path(sys.argv[2]))
+    do_job(directory, Path(sys.argv[2]))
 except LacoError as error:
-    print(error, file=sys.stderr)
-    sys.exit(REFUSED)
+    write_file(directory / REFUSAL, str(error))
+    sys.exit(1)

@@ -22,7 +22,7 @@ from laco.healing.summary import Study
 from laco.healing.variants import NONE, Job, Outcome, Protocol, Variant, label, slug
 
 MANY = 24  # from so many jobs on, bars of finished ones make room
-REFUSED = 2  # exit code of a job whose method cannot stand or run in the model
+REFUSAL = "refused.txt"  # in the folder of a job whose method cannot stand or run in the model: why
 
 
 def run_study(
@@ -99,10 +99,12 @@ def finished_study(
     outcomes = [finished(Path(output) / slug(label(job)), job) for job in jobs]
     if outcomes[0] is None:
         raise LacoError(f"nothing of this study is finished in {output}; run it without --finished first")
-    pending = [label(job) for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None]
-    waiting = {job.variant.name for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None}
+    open_jobs = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None]
+    refused = {label(job): reason for job in open_jobs if (reason := refusal(Path(output) / slug(label(job)), job))}
+    pending = [label(job) for job in open_jobs if label(job) not in refused]
+    waiting = {job.variant.name for job in open_jobs}
     done = [outcome for outcome in outcomes if outcome is not None and outcome.job.variant.name not in waiting]
-    return Study(protocol=protocol, outcomes=done, failures={}, pending=pending)
+    return Study(protocol=protocol, outcomes=done, failures=refused, refused=list(refused), pending=pending)
 
 
 class Failure(NamedTuple):
@@ -155,8 +157,8 @@ def run_job(job: Job, root: Path, bars: Bars, stop: Event) -> Outcome | Failure:
     if done is None:
         bars.close(bar, "[red]failed")
         lines = (directory / "log.txt").read_text().strip().splitlines() or ["no message"]
-        if process.returncode == REFUSED:
-            return Failure(lines[-1], refused=True)
+        if (reason := refusal(directory, job)) is not None:
+            return Failure(reason, refused=True)
         return Failure(f"{lines[-1]} (exit code {process.returncode}, {directory / 'log.txt'})", refused=False)
     bars.update(bar, completed=bars.tasks[bar].total)
     bars.close(bar, f"{done.report.average:.1f} %")
@@ -172,6 +174,15 @@ def finished(directory: Path, job: Job) -> Outcome | None:
     return outcome if outcome.job == job else None
 
 
+def refusal(directory: Path, job: Job) -> str | None:
+    """Why an earlier run of this very job could not be made, by what laco says."""
+    try:
+        is_same = Job.model_validate_json((directory / "job.json").read_text()) == job
+        return (directory / REFUSAL).read_text() if is_same else None
+    except (OSError, ValidationError):
+        return None
+
+
 def prepare(directory: Path, job: Job) -> None:
     """A folder for the job; one of an interrupted run of the very same job is continued, any other replaced."""
     description = job.model_dump_json(indent=1)
@@ -179,6 +190,7 @@ def prepare(directory: Path, job: Job) -> None:
     if directory.exists() and not (file.exists() and file.read_text() == description):
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / REFUSAL).unlink(missing_ok=True)
     write_file(file, description)
 
 
