@@ -33,6 +33,25 @@ def test_answer_and_counts(make, pictures):
     assert asked.new_tokens == 4
 
 
+@pytest.mark.parametrize("method", [laco.LaCo(layer=1), laco.VidCom2(keep=0.5), laco.FastV(keep=0.5, layer=1)])
+def test_a_video(method):
+    frames = [tiny.picture(seed, 48, 48) for seed in range(3)]
+    model, processor = tiny.llava_onevision()
+    inputs = encode(processor, ["what?"], [frames], [True])
+    stock = ask(model, processor, frames, "what?", video=True, max_new_tokens=4)
+    assert (stock.visual_tokens, stock.visual_tokens_before) == (
+        28,
+        28,
+    )  # 3 frames of 3 x 3 tokens, a line break
+    with torch.inference_mode():
+        output = model.generate(**inputs, **greedy(processor, model, 4))[:, inputs["input_ids"].shape[1] :]
+    assert stock.answer == processor.decode(output[0], skip_special_tokens=True).strip()
+    laco.compress(model, processor, method)
+    asked = ask(model, processor, frames, "what?", video=True, max_new_tokens=4)
+    assert asked.visual_tokens < 24
+    assert asked.visual_tokens_before == 28
+
+
 def test_uncompressed_processor_leaves_the_other_alone(talker):
     model, processor = talker
     laco.compress(model, processor, laco.AveragePool(depth=1 / 2, factor=3))

@@ -56,14 +56,15 @@ def ask(
     pictures: Sequence[Image.Image],
     question: str,
     *,
+    video: bool = False,
     max_new_tokens: int = 128,
 ) -> Asked:
-    """Asks a model about one or more RGB pictures, greedily, and measures.
+    """Asks a model about one or more RGB pictures, or about the video whose frames they are, greedily, and measures.
 
     The warm-up is one run of the encoder and two tokens, so that neither the first use of a kernel nor lazy
     allocation is counted.
     """
-    inputs = encode(processor, [question], [pictures]).to(model.device)
+    inputs = encode(processor, [question], [pictures], [video]).to(model.device)
     seen, others = split_inputs(model, inputs)
     with evaluating(model):
         for length in (2, max_new_tokens):
@@ -77,7 +78,7 @@ def ask(
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     before = inputs
     if is_compressed(model):
-        before = encode(uncompressed_processor(model, processor), [question], [pictures])
+        before = encode(uncompressed_processor(model, processor), [question], [pictures], [video])
     return Asked(
         answer=processor.decode(new, skip_special_tokens=True).strip(),
         visual_tokens_before=count_visual_tokens(model, before)[0],

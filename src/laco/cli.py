@@ -66,10 +66,11 @@ def ask(
     model: Model,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[list[Path], typer.Option(help="Picture file; give it again for several pictures.")],
+    video: Annotated[bool, typer.Option("--video", help="The pictures are the frames of one video.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model about pictures: the answer, visual tokens before and after, and times after a warm-up."""
+    """Ask a model about pictures, or a video: the answer, visual tokens before and after, and times after a warm-up."""
     from laco.pictures import open_picture
 
     pictures = [open_picture(path) for path in image]
@@ -77,7 +78,7 @@ def ask(
 
     from laco.ask import ask as ask_model
 
-    asked = ask_model(*loaded, pictures, question, max_new_tokens=max_new_tokens)
+    asked = ask_model(*loaded, pictures, question, video=video, max_new_tokens=max_new_tokens)
     if as_json:
         print_json(asked.model_dump())
         return
