@@ -103,6 +103,18 @@ def test_the_zoo_has_every_method_at_its_budgets() -> None:
                 assert average is None or abs(average - wanted) <= 2, method
 
 
+def test_the_zoo_of_videos_is_a_study_of_clips() -> None:
+    study = load_study(ZOO.with_name("zoo-video.yaml"))
+    assert (study.judge.data, study.heal) == ("world-video", None)
+    made_for_videos = {"scissor", "dyntok", "vidcom2", "flexselect", "evs", "flashvid", "v_cast"}
+    assert made_for_videos <= {row.method for row in study.rows}
+    for row in study.rows:
+        for budget, settings in row.at(study.budgets).items():
+            method = row.build(settings)
+            if isinstance(method, laco.DecoderMethod) and budget == 0.5:  # less than a third is out of reach
+                assert abs(layer_average(method, 288, 3) - budget * 288) <= 2, method
+
+
 def test_the_plan_has_all_baselines_both_states_and_reasons(talker_directory: Path) -> None:
     rows = [
         {"method": "average_pool", "depth": 0.25, "budgets": "factor"},
