@@ -4,7 +4,8 @@
 
 In training tokens are not taken out but masked, so that the decision has a gradient (straight-through Gumbel
 softmax); after it they are gathered. There decisions are drawn, here they are not: a token stays if its log odds are
-above the threshold that lets as many stay as were drawn in training, for an unsure network would else keep all or none.
+above the threshold that let as many stay as were drawn in training, for an unsure network would else keep all or none.
+What stays there is not random, which shifts the odds: while the network is unsure, more may stay than in training.
 """
 
 from dataclasses import dataclass, replace
