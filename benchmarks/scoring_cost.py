@@ -7,7 +7,7 @@ the methods stand the choices that several share, on a matrix that is ready, and
 
     python benchmarks/scoring_cost.py
 
-Writes benchmarks/results/scoring_cost.csv: medians in milliseconds for a whole batch, with 95 % intervals; command and
+Writes benchmarks/scoring_cost.csv: medians in milliseconds for a whole batch, with 95 % intervals; command and
 machine stand in the comment above. `--width 16 --tokens 20 --batches 1 --keep 5 --rounds 1` is a trial. Goal: farthest
 points, determinants, coverage and independent set at 2880 tokens under 60 ms on two cores.
 """
@@ -33,7 +33,7 @@ from laco.grid import Grid
 from laco.methods import Selector, Signals, registry
 from laco.methods.greedy import coverage, determinantal, farthest_points, independent_set
 
-RESULT = Path(__file__).parent / "results" / "scoring_cost.csv"
+RESULT = Path(__file__).with_suffix(".csv")
 CROP, HEADS, WORDS = 576, 16, 32
 SELECTORS = {name: cls for name, cls in registry().items() if issubclass(cls, Selector)}
 

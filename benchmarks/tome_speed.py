@@ -135,6 +135,9 @@ def measure(name: str, layers: int, r: int, batch: int, rounds: int) -> dict[str
     """Times of one shape and batch size, milliseconds a batch; ratios are over the plain implementation."""
     stock = {attention: build(name, layers, attention) for attention in ("eager", "sdpa")}
     ours = {attention: build(name, layers, attention, r) for attention in ("eager", "sdpa")}
+    weights = stock["eager"].state_dict()
+    for model in (stock["sdpa"], *ours.values()):
+        model.load_state_dict(weights, assign=True)  # one copy: how pages of memory lie makes a difference, too
     pixels = torch.randn(batch, 3, 224, 224)
     with torch.inference_mode():
         wanted = plain(stock["eager"], pixels, r)

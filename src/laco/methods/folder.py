@@ -85,7 +85,7 @@ class Folder(Reducer):
         tokens = x_BNC.shape[1] - state.prefix
         penalty_BN = 100 * self.alpha * at_least_float32(signals.saliency_BN)
         merge = fold(signals.keys.mean(dim=1), tokens - self.left(tokens), state, penalty_BN)
-        return merge.mean(x_BNC, state.size_BN), state.after(merge)
+        return state.merged(x_BNC, merge)
 
     def after_layers(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
         if self.form == "block":
@@ -93,7 +93,7 @@ class Folder(Reducer):
         tokens = x_BNC.shape[1]
         amount = tokens - state.prefix - self.left(tokens - state.prefix)
         merge = fold(x_BNC, amount, state, order="index")
-        x_BNC, state = merge.mean(x_BNC, state.size_BN), state.after(merge)
+        x_BNC, state = state.merged(x_BNC, merge)
         once = amount if amount <= most(tokens, state.prefix) else 0
         if self.log_size and (not self.strict_reference or once < x_BNC.shape[1] // 2):
             x_BNC = (x_BNC * (1 + state.size_BN.log()[..., None])).to(x_BNC.dtype)

@@ -17,6 +17,7 @@ K of them after a step; C channels, H heads of width d.
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -67,17 +68,26 @@ class Merge:
         slot_BN = kept_BK.new_full((len(kept_BK), tokens), kept_BK.shape[1])
         return cls(slot_BN.scatter(1, kept_BK, indices(kept_BK)), kept_BK)
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """(B * N,) as `in_batch`, of results with one more row, which gathers what is dropped."""
+        return in_batch(self.slot_BN, self.kept_BK.shape[1] + 1)
+
     def sum(self, x_BN: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""
         batch, kept = self.kept_BK.shape
-        rows = in_batch(self.slot_BN, kept).where(self.slot_BN.flatten() < kept, batch * kept)
-        out = x_BN.new_zeros(batch * kept + 1, *x_BN.shape[2:])  # the last row gathers what is dropped
-        return out.index_add_(0, rows, x_BN.flatten(0, 1))[:-1].view(batch, kept, *x_BN.shape[2:])
+        out = x_BN.new_zeros(batch * (kept + 1), *x_BN.shape[2:]).index_add_(0, self.rows, x_BN.flatten(0, 1))
+        return out.view(batch, kept + 1, *x_BN.shape[2:])[:, :-1]
 
-    def mean(self, x_BN: Tensor, size_BN: Tensor) -> Tensor:
-        """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x."""
-        size = size_BN.view(*size_BN.shape, *[1] * (x_BN.ndim - 2))
-        return (self.sum(at_least_float32(x_BN) * size) / self.sum(size)).to(x_BN.dtype)
+    def mean(self, x_BN: Tensor, size_BN: Tensor, total_BK: Tensor | None = None) -> Tensor:
+        """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x.
+
+        Args:
+            total_BK: `sum` of the sizes, where it is there already.
+        """
+        total_BK = self.sum(size_BN) if total_BK is None else total_BK
+        size, total = (s.view(*s.shape, *[1] * (x_BN.ndim - 2)) for s in (size_BN, total_BK))
+        return (self.sum(at_least_float32(x_BN) * size) / total).to(x_BN.dtype)
 
     def unmerge(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, N, ...): every token gets what it was merged into; zero if it was dropped."""
@@ -129,6 +139,11 @@ class State:
             policy_BN=None if self.policy_BN is None else take(self.policy_BN, merge.kept_BK),
             steps=self.steps + 1,
         )
+
+    def merged(self, x_BNC: Tensor, merge: Merge) -> tuple[Tensor, "State"]:
+        """Tokens and state after a step in which tokens become their mean, weighted by size."""
+        state = self.after(merge)
+        return merge.mean(x_BNC, self.size_BN, state.size_BN), state
 
     @property
     def merge(self) -> Merge:

@@ -3,9 +3,9 @@
     package = sum p_i x_i / sum p_i    over the tokens dropped here, p = probability that the network gave to keeping
 
 In training tokens are not taken out but masked, so that the decision has a gradient (straight-through Gumbel
-softmax); after it they are gathered. There decisions are drawn, here they are not: a token stays if its log odds are
-above the threshold that let as many stay as were drawn in training, for an unsure network would else keep all or none.
-What stays there is not random, which shifts the odds: while the network is unsure, more may stay than in training.
+softmax); after it they are gathered. There decisions are drawn; here as many tokens stay as drawing would keep on
+average (the sum of their probabilities), the likeliest first: those with more than an even chance would be all or none
+where the network is unsure.
 """
 
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ class SPViT(Reducer):
         "selector, decision, package token, masked attention, layers 3, 6, 9 of 12, targets, loss"
     )
     assumed: ClassVar[str] = (
-        "threshold outside of training (the authors draw there, too); batches padded; divergence from the teacher's"
+        "decisions outside of training (the authors draw there, too); batches padded; divergence from the teacher's"
         " side"
     )
     trained: ClassVar[bool] = True
@@ -105,15 +105,14 @@ class SPViT(Reducer):
         policy_BN = torch.ones_like(state.size_BN) if state.policy_BN is None else state.policy_BN
         log_BN2, soft_BN2 = selector(x_BNC[:, prefix:], policy_BN[:, prefix:])
         odds_BN = log_BN2[..., 0] - log_BN2[..., 1]
-        noise_BN = -selector.threshold if noise_BN2 is None else noise_BN2[..., 0] - noise_BN2[..., 1]
-        decided_BN = straight_through(odds_BN + noise_BN)
         fixed_N = torch.ones(tokens, dtype=torch.bool, device=x_BNC.device)
         fixed_N[prefix : tokens - packages] = False
+        if noise_BN2 is None:
+            decided_BN = likeliest(odds_BN, (policy_BN[:, prefix:] > 0.5) & ~fixed_N[prefix:])
+        else:
+            decided_BN = straight_through(odds_BN + noise_BN2[..., 0] - noise_BN2[..., 1])
         keep_BN = policy_BN * torch.where(fixed_N, 1, F.pad(decided_BN, (prefix, 0)))
         dropped_BN = policy_BN - keep_BN
-        if selector.training:
-            open_BM = (policy_BN > 0.5)[:, prefix : tokens - packages]
-            selector.calibrate(odds_BN[:, : open_BM.shape[1]][open_BM], keep_BN[:, prefix : tokens - packages][open_BM])
 
         weight_BN = dropped_BN * F.pad(soft_BN2[..., 0], (prefix, 0))
         package_BC = torch.einsum("bn,bnc->bc", weight_BN, at_least_float32(x_BNC).to(weight_BN.dtype))
@@ -160,13 +159,7 @@ class MultiheadSelector(MergerModule):
     All heads share one network. It sees a token's own features and the mean over the tokens that are alive; the heads'
     results are averaged with weights that depend on the token. The log scores are means of logarithms, so not
     normalised.
-
-    `threshold` () of the log odds: above it as many tokens are as were kept in training; a moving average over
-    `batches` () of them.
     """
-
-    threshold: Tensor
-    batches: Tensor
 
     def __init__(self, width: int, heads: int | None = None):
         super().__init__()
@@ -184,22 +177,6 @@ class MultiheadSelector(MergerModule):
         self.score = nn.Sequential(
             nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, size // 4), nn.GELU(), nn.Linear(size // 4, 2)
         )
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("batches", torch.zeros(()))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.zeros_(self.threshold)
-        nn.init.zeros_(self.batches)
-
-    @torch.no_grad()
-    def calibrate(self, odds_M: Tensor, kept_M: Tensor) -> None:
-        """Notes at which log odds as many of these tokens are above as were kept."""
-        if len(odds_M):
-            border = odds_M.quantile(1 - kept_M.to(odds_M.dtype).mean()).to(self.threshold.dtype)
-            self.batches += 1
-            self.threshold.lerp_(border, (1 / self.batches).clamp(min=0.05))
 
     def forward(self, x_BNC: Tensor, policy_BN: Tensor) -> tuple[Tensor, Tensor]:
         x_BNHd = x_BNC.unflatten(-1, (self.heads, -1))
@@ -221,6 +198,13 @@ def straight_through(odds_BN: Tensor) -> Tensor:
     """(B, N), exactly 1 where log odds are not negative, else 0; with the gradient of their probability."""
     soft_BN = odds_BN.sigmoid()
     return (odds_BN >= 0).to(soft_BN.dtype) + (soft_BN - soft_BN.detach())
+
+
+def likeliest(odds_BN: Tensor, open_BN: Tensor) -> Tensor:
+    """(B, N), 1 for the tokens of highest log odds: of those that are open, as many as drawing keeps on average."""
+    number_B1 = odds_BN.sigmoid().masked_fill(~open_BN, 0).sum(dim=1, keepdim=True).round()
+    order_BN = odds_BN.masked_fill(~open_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order_BN.argsort(dim=1) < number_B1).to(odds_BN.dtype)
 
 
 def policy_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 0, strict_reference: bool = False) -> Tensor:

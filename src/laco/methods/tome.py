@@ -93,7 +93,7 @@ class ToMe(Reducer):
         amount = self.schedule(state.num_layers, state.last)[index]
         order: Order = "score" if self.strict_reference and not state.prefix else "split"
         merge = match(signals.keys.mean(dim=1), amount, state.prefix, order=order)
-        return merge.mean(x_BNC, state.size_BN), state.after(merge)
+        return state.merged(x_BNC, merge)
 
 
 @torch.no_grad()
@@ -117,11 +117,13 @@ def match(
         return Merge(place_BN, place_BN)
     metric_BNd = normalize(at_least_float32(metric_BNd), dim=-1)
     score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
-    score_BAB[:, :, : prefix // 2] = -torch.inf
+    if prefix > 1:
+        score_BAB[:, :, : prefix // 2] = -torch.inf
     best_BA, partner_BA = score_BAB.max(dim=-1)
     if penalty_BN is not None:
         best_BA = best_BA - penalty_BN[:, ::2]
-    best_BA[:, : (prefix + 1) // 2] = -torch.inf
+    if prefix:
+        best_BA[:, : (prefix + 1) // 2] = -torch.inf
 
     ranked_BA = best_BA.argsort(dim=1, descending=True, stable=True)
     joining_Br, staying_BA = ranked_BA.tensor_split([amount], dim=1)
