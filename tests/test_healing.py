@@ -14,6 +14,7 @@ from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
 from laco.healing import HALVED_HEALED, NONE, Job, Protocol, Variant, average_interval, comparison, run_study, variant
 from laco.healing.job import recipe_of, with_less_detail
+from laco.healing.run import jobs_of
 from laco.healing.summary import STUDENT_T, pooled, seed_interval
 
 
@@ -137,3 +138,12 @@ def test_a_job_read_back_is_equal() -> None:
 def test_none_is_not_healed() -> None:
     assert not NONE.heal
     assert NONE.method is None
+
+
+def test_what_is_judged_as_it_is_stays_when_others_are_healed_otherwise() -> None:
+    short, long = (Protocol(model="m", samples=7, heal_steps=steps, batch_size=steps) for steps in (1, 2))
+    rows = [variant(laco.LaCo()), Variant(name="mean", method=laco.AveragePool().to_dict(), heal=False)]
+    one, other = (jobs_of(rows, protocol, (0,)) for protocol in (short, long))
+    assert [a == b for a, b in zip(one, other, strict=True)] == [True, False, True]  # none, LaCo, mean
+    assert one != jobs_of(rows, short.model_copy(update={"samples": 8}), (0,))
+    assert [job.protocol.samples for job in one] == [7, 7, 7]

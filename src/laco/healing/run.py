@@ -83,7 +83,9 @@ def jobs_of(variants: Sequence[Variant], protocol: Protocol, seeds: Sequence[int
     if twice := [row.name for row in rows if folders.count(slug(row.name)) > 1]:
         raise LacoError(f"two variants are called {twice[0]!r}; give them different names")
     return [
-        Job(variant=row, seed=seed, protocol=protocol) for row in rows for seed in (seeds if row.random else seeds[:1])
+        Job(variant=row, seed=seed, protocol=protocol.of(row))
+        for row in rows
+        for seed in (seeds if row.random else seeds[:1])
     ]
 
 

@@ -71,6 +71,12 @@ class Protocol(_Settings):
     def steps(self) -> int:
         return self.adapt_steps + self.heal_steps
 
+    def of(self, variant: Variant) -> "Protocol":
+        """What of it a variant depends on: how others are healed says nothing of one that is judged as it is."""
+        if variant.heal:
+            return self
+        return Protocol(model=self.model, data=self.data, samples=self.samples, eval_seed=self.eval_seed)
+
     def judged_on(self) -> list[Sample]:
         """The questions that every variant is asked."""
         return load_samples(self.data, limit=self.samples, seed=self.eval_seed)
