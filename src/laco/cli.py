@@ -4,6 +4,7 @@ Modules that load torch are imported by the commands that need them, and only th
 """
 
 import json
+import signal
 import sys
 from contextlib import redirect_stdout
 from fractions import Fraction
@@ -32,6 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 def main() -> None:
     """The console entry point."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a command has started ends with it
     try:
         app()
     except (LacoError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
