@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from laco import LacoError
-from laco.files import atomic_directory, exchange, write_file
+from laco.files import alone_in, atomic_directory, exchange, write_file
 
 
 def write(directory: Path, tag: str, count: int = 20) -> None:
@@ -113,3 +113,14 @@ def test_a_kill_at_any_moment_leaves_one_whole_directory(tmp_path):
             time.sleep(0.02 + 0.0037 * attempt)
         assert len(list((tmp_path / "d").iterdir())) == 20
         assert len(tags(tmp_path / "d")) == 1
+
+
+def test_one_process_at_a_time(tmp_path):
+    wanted = f"another process is at work in {tmp_path / 'd'}"
+    with alone_in(tmp_path / "d"), pytest.raises(LacoError, match=wanted), alone_in(tmp_path / "d"):
+        pytest.fail("two at work")
+    with alone_in(tmp_path / "d"), alone_in(tmp_path / "e"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(LacoError, match="cannot write"), alone_in(tmp_path / "file"):
+        pass

@@ -12,6 +12,7 @@ from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
+from laco.files import alone_in
 from laco.healing import HALVED_HEALED, NONE, Job, Protocol, Variant, average_interval, comparison, run_study, variant
 from laco.healing.job import recipe_of, with_less_detail
 from laco.healing.run import jobs_of
@@ -21,6 +22,11 @@ from laco.healing.summary import STUDENT_T, pooled, seed_interval
 def score(hits: int, n: int) -> FamilyScore:
     low, high = wilson(hits, n)
     return FamilyScore(accuracy=100 * hits / n, low=low, high=high, n=n)
+
+
+def test_two_studies_do_not_write_to_one_place(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(LacoError, match="another process is at work"):
+        run_study([NONE], Protocol(model="nowhere"), tmp_path, progress=False)
 
 
 def test_names_of_variants() -> None:

@@ -5,9 +5,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from laco.errors import LacoError
@@ -49,6 +50,23 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise LacoError(f"cannot write {path}: {reason}; nothing has changed") from error
+
+
+@contextmanager
+def alone_in(directory: str | Path) -> Iterator[None]:
+    """While no other process does the same, which would write to the same files; `LacoError` if one does."""
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held: AbstractContextManager[object] = FileLock(directory / ".lock").acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        held = nullcontext()
+    except Timeout:
+        raise LacoError(f"another process is at work in {directory}; wait for it, or write elsewhere") from None
+    except OSError as error:
+        raise LacoError(f"cannot write {directory}: {error.strerror}") from error
+    with held:
+        yield
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from laco.errors import LacoError
-from laco.files import write_file
+from laco.files import alone_in, write_file
 from laco.healing.summary import Study
 from laco.healing.variants import NONE, Job, Outcome, Protocol, Variant, label, slug
 
@@ -45,14 +45,19 @@ def run_study(
         progress: shows bars on stderr.
 
     Raises:
-        LacoError: two variants have one name, or the model as it is cannot be evaluated.
+        LacoError: two variants have one name, the model as it is cannot be evaluated, or another process runs a study
+            there.
     """
     jobs = jobs_of(variants, protocol, seeds)
     outcomes: dict[int, Outcome] = {}
     failures: dict[str, str] = {}
     refused: list[str] = []
     stop = Event()
-    with Bars(enabled=progress, jobs=len(jobs)) as bars, ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with (
+        alone_in(output),
+        Bars(enabled=progress, jobs=len(jobs)) as bars,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
         start = partial(run_job, root=Path(output), bars=bars, stop=stop)
         # The model as it is comes first and alone: everything else is compared with its answers.
         base = start(jobs[0])
