@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from laco.evaluate import Report
 from laco.evaluate.report import score
 from laco.grid import Grid
 from laco.healing import HALVED, NONE, Job, Outcome, Protocol, Study, Variant
-from laco.methods import GlimpsePrune, Reducer, Selector, registry
+from laco.methods import Reducer, Selector, registry
 from laco.methods.base import MergerModule
 from laco.methods.selector import Signals
 from laco.study.measure import Cost, peak_bytes, scoring_ms
@@ -31,7 +32,7 @@ from laco.study.page import as_csv, as_markdown, remarks
 from laco.study.plan import Case, listing, make_plan
 from laco.study.plot import accuracy_against_time, front
 from laco.study.recipe import factors, load_study, parse_study
-from laco.study.results import Line, StudyResults, layer_average, make_lines, verdicts
+from laco.study.results import Line, StudyResults, make_lines, verdicts
 from laco.study.run import run
 
 ZOO = Path(__file__).parents[1] / "recipes" / "zoo.yaml"
@@ -98,8 +99,7 @@ def test_the_zoo_has_every_method_at_its_budgets() -> None:
             if isinstance(method, Selector) and method.static_count:
                 assert abs(method.budget(144) - wanted) <= 1, method
             if isinstance(method, laco.DecoderMethod) and budget == 0.5 and method.depths_used[0] < 0.5:
-                average = layer_average(method, 144, 3)
-                assert average is None or abs(average - wanted) <= 2, method
+                assert not method.static_count or abs(fmean(method.layer_tokens(144, 3)) - wanted) <= 2, method
 
 
 def test_the_zoo_of_videos_is_a_study_of_clips() -> None:
@@ -111,7 +111,7 @@ def test_the_zoo_of_videos_is_a_study_of_clips() -> None:
         for budget, settings in row.at(study.budgets).items():
             method = row.build(settings)
             if isinstance(method, laco.DecoderMethod) and budget == 0.5:  # less than a third is out of reach
-                assert abs(layer_average(method, 288, 3) - budget * 288) <= 2, method
+                assert abs(fmean(method.layer_tokens(288, 3)) - budget * 288) <= 2, method
 
 
 def test_the_plan_has_all_baselines_both_states_and_reasons(talker_directory: Path) -> None:
@@ -141,12 +141,6 @@ def test_the_plan_has_all_baselines_both_states_and_reasons(talker_directory: Pa
         listing(parse_study(recipe(talker_directory, rows=rows)), only=["lace"])
 
 
-def test_layers_of_the_language_model_are_averaged() -> None:
-    assert layer_average(laco.FastV(keep=36), 144, 3) == (144 + 36 + 36) / 3
-    assert layer_average(laco.PyramidDrop(keep=[0.5, 0.25], depths=[0.34, 0.67]), 100, 3) == (100 + 50 + 25) / 3
-    assert layer_average(GlimpsePrune(depth=0.34), 144, 3) is None
-
-
 # What follows from answers.
 
 SAMPLES = [Sample("", (), "q", str(truth), "count") for truth in range(10)]
@@ -173,7 +167,7 @@ def lines_of(*found: tuple[str, str, str]) -> list[Line]:
         for (name, place, _), variant in zip(rights, variants, strict=True)
     ]
     outcomes = [outcome(variant, right) for variant, (_, _, right) in zip(variants, rights, strict=True)]
-    return make_lines(cases, Study(protocol=Protocol(model="m"), outcomes=outcomes, failures={}), SAMPLES, None, 3)
+    return make_lines(cases, Study(protocol=Protocol(model="m"), outcomes=outcomes, failures={}), SAMPLES, None)
 
 
 def test_hard_questions_are_those_that_the_down_sampled_input_gets_wrong() -> None:

@@ -142,6 +142,14 @@ def test_a_selector_leaves_fewer_tokens_of_videos():
     assert all(10 < count < 20 for count in answers.visual_tokens)
 
 
+def test_layers_of_the_language_model_are_averaged():
+    model, processor = laco.compress(*video_talker(), laco.FastV(keep=5, layer=1))
+    layers, tokens = model.config.text_config.num_hidden_layers, 3 * 9 + 1
+    assert layers > 1
+    answers = answer(model, processor, video_samples(), max_new_tokens=2, progress=False)
+    assert answers.visual_tokens == pytest.approx([(tokens + (layers - 1) * 5) / layers] * len(video_samples()))
+
+
 def test_a_model_without_videos_says_so(talker):
     with pytest.raises(LacoError, match="LlavaProcessor takes no videos"):
         evaluate(*talker, "world-video", samples=4, progress=False)

@@ -15,7 +15,7 @@ from families.test_question_selectors import read_by_language_model
 from families.test_reductions import generated, last_logits, prompts
 from laco.families import family_of
 from laco.families.compat import checkpoint_activations
-from laco.families.reduction import kept_columns
+from laco.families.reduction import computed_columns, kept_columns
 from laco.families.reduction.lesson import LESSON, Lesson
 from laco.families.reduction.prompt import within
 from laco.grid import Grid
@@ -137,6 +137,9 @@ def test_what_stays_is_what_a_token_behind_the_prompt_glimpses_at(name, text):
     assert 0 < batch["input_ids"].shape[1] - len(columns) < visual
     for held in kept_columns(out.past_key_values):  # of the layers before the point, too
         assert held[0].tolist() == columns.tolist()
+    everything = list(range(batch["input_ids"].shape[1]))
+    computed = [layer[0].tolist() for layer in computed_columns(out.past_key_values)]
+    assert computed == [everything] * POINT + [columns.tolist()] * (len(computed) - POINT)
     torch.testing.assert_close(out.logits[:, -1], logits, rtol=1e-3, atol=1e-4)
 
 

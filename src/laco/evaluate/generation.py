@@ -23,7 +23,7 @@ from laco.data import Sample
 from laco.errors import LacoError
 from laco.families import FAMILIES
 from laco.families.compat import TAKES_FEATURES, encode_pictures
-from laco.families.reduction import kept_columns
+from laco.families.reduction import computed_columns
 
 
 class Answers(NamedTuple):
@@ -173,7 +173,7 @@ def greedy(processor: Any, model: Any, max_new_tokens: int) -> dict[str, Any]:
 
 
 def count_visual_tokens(model: Any, inputs: BatchFeature, past: Cache | None = None) -> list[float]:
-    """Visual tokens that the language model reads of each sequence of the batch, mean over its layers.
+    """Visual tokens of each sequence of the batch that a layer of the language model computes, mean over its layers.
 
     `past` is its cache after the prompt. Without one: placeholder tokens, which is the same unless tokens are dropped
     behind the encoder or inside the language model.
@@ -181,7 +181,7 @@ def count_visual_tokens(model: Any, inputs: BatchFeature, past: Cache | None = N
     placeholders = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
     known = torch.tensor([token for token in placeholders if token is not None], device=inputs["input_ids"].device)
     visual_BL = torch.isin(inputs["input_ids"], known)
-    if (layers := kept_columns(past)) is None:
+    if (layers := computed_columns(past)) is None:
         return visual_BL.sum(dim=1).tolist()
     length = visual_BL.shape[1]
     counts = [

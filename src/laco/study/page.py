@@ -13,7 +13,7 @@ from laco.study.results import Line, StudyResults, by_state
 
 HEADS = ("method", "tokens", "accuracy", "hard", "easy", "loyalty", "encoder", "scoring", "prefill", "speed-up", "MB")
 LEGEND = {
-    "tokens": "visual tokens that a layer of the language model reads, on average",
+    "tokens": "visual tokens that a layer of the language model computes, on average",
     "accuracy": "mean of the families of questions in per cent, with half of its 95 % interval",
     "hard, easy": "accuracy on the questions that the down-sampled input (factor 2, not trained) gets wrong, and right",
     "loyalty": "answers that equal those of the model as it is, in per cent",
@@ -62,7 +62,7 @@ def cells(line: Line) -> list[str]:
     cost = line.cost
     return [
         line.row,
-        "varies" if line.visual_tokens is None else f"{line.visual_tokens:.0f}",
+        f"{line.visual_tokens:.0f}",
         f"{line.average:.1f} ±{(line.high - line.low) / 2:.1f}",
         *("" if part is None else f"{part.accuracy:.0f}" for part in (line.hard, line.easy)),
         "" if line.loyalty is None else f"{line.loyalty:.0f}",

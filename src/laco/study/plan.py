@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 def make_plan(recipe: StudyRecipe) -> Plan:
     """All cases of a study, baselines first; every method is tried on the outline of the model."""
-    language_layers(recipe.protocol.model)  # a model that is not there shows here
+    find(recipe.protocol.model)
     cases = [Case("none", "baseline", None, NONE)]
     if recipe.heal:
         cases.append(Case("none", "baseline", None, Variant(name="none, healed")))
@@ -91,17 +91,13 @@ def why_not(source: str, method: Method) -> str | None:
     return None
 
 
-def language_layers(source: str) -> int:
-    """Layers of the language model.
-
-    Raises:
-        LacoError: there is no such model, or it is of no known family.
-    """
+def find(source: str) -> None:
+    """Raises `LacoError` if there is no such model, or it is of no known family."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise LacoError(f"there is no model {source}: {' '.join(str(error).split())}") from error
-    return int(family_of_config(config).text_config(config).num_hidden_layers)
+    family_of_config(config)
 
 
 def place_of(method: Method) -> Place:

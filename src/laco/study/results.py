@@ -2,29 +2,27 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel
 
 from laco.data import Sample
-from laco.errors import LacoError
 from laco.evaluate import FamilyScore
 from laco.evaluate.report import score
 from laco.evaluate.scores import same
-from laco.healing import Outcome, Study, Summary
-from laco.methods import DecoderMethod, from_dict
+from laco.healing import Outcome, Study
 from laco.study.measure import Cost, Costs, key_of
 from laco.study.plan import DOWN_SAMPLED, RANDOM, Case, Place, percent
 from laco.world import FAMILIES
+
+MEASURED = {"healed", "method", "seeds", "visual_tokens", "average", "low", "high", "loyalty"}  # of a summary
 
 
 class Line(BaseModel):
     """One row at one budget, as it is or healed. Rates in per cent with 95 % intervals, over all seeds.
 
     Args:
-        visual_tokens: that the language model reads, on average over its layers; None where that depends on the
-            picture and is not counted.
+        visual_tokens: that a layer of the language model computes, on average over layers and questions.
         low, high: of `average`, the mean over families; see `laco.healing.Summary`.
         hard, easy: accuracy on the questions that the down-sampled input (factor 2, as it is) gets wrong, and on the
             others: the view of VTC-Bench (arXiv 2510.07143), which tells apart what compression is needed for.
@@ -37,7 +35,7 @@ class Line(BaseModel):
     healed: bool
     method: dict[str, Any] | None
     seeds: list[int]
-    visual_tokens: float | None
+    visual_tokens: float
     average: float
     low: float
     high: float
@@ -89,17 +87,13 @@ class StudyResults(BaseModel):
     versions: dict[str, str]
 
 
-def make_lines(
-    cases: Sequence[Case], study: Study, samples: Sequence[Sample], costs: Costs | None, num_layers: int
-) -> list[Line]:
+def make_lines(cases: Sequence[Case], study: Study, samples: Sequence[Sample], costs: Costs | None) -> list[Line]:
     """The cases that have an outcome, by budget from large to small, as they are before healed.
 
     Args:
         samples: that were asked.
-        num_layers: of the language model.
     """
     summaries = {summary.name: summary for summary in study.summaries()}
-    tokens = summaries["none"].visual_tokens
     hard = hard_questions(cases, study, samples)
     lines = []
     for case in cases:
@@ -110,11 +104,10 @@ def make_lines(
         hits = all_hits([o for o in study.outcomes if o.job.variant == case.variant], samples)
         lines.append(
             Line(
-                **summary.model_dump(include={"healed", "method", "seeds", "average", "low", "high", "loyalty"}),
+                **summary.model_dump(include=MEASURED),
                 row=case.row,
                 place=case.place,
                 budget=case.budget,
-                visual_tokens=read_on_average(summary, tokens, num_layers),
                 families=in_order(summary.families),
                 hard=None if hard is None else part_score([hit for hit, index in hits if index in hard]),
                 easy=None if hard is None else part_score([hit for hit, index in hits if index not in hard]),
@@ -142,29 +135,6 @@ def all_hits(outcomes: Sequence[Outcome], samples: Sequence[Sample]) -> list[tup
 
 def part_score(hits: Sequence[bool]) -> FamilyScore | None:
     return score(hits) if hits else None
-
-
-def read_on_average(summary: Summary, tokens: float, num_layers: int) -> float | None:
-    """Visual tokens that a layer of the language model computes, on average."""
-    method = from_dict(summary.method) if summary.method else None
-    if not isinstance(method, DecoderMethod):
-        return summary.visual_tokens
-    return layer_average(method, round(tokens), num_layers)
-
-
-def layer_average(method: DecoderMethod, tokens: int, num_layers: int) -> float | None:
-    """The budget of a method inside the language model: visual tokens of all layers over layers.
-
-    Args:
-        tokens: visual tokens before the first layer.
-
-    Returns:
-        None where the count depends on the picture.
-    """
-    try:
-        return fmean(method.layer_tokens(tokens, num_layers))
-    except LacoError:
-        return None
 
 
 def in_order(families: Mapping[str, FamilyScore]) -> dict[str, FamilyScore]:

@@ -10,7 +10,7 @@ from laco.healing import Job, Study, finished_study, label, run_study
 from laco.report.plots import as_png
 from laco.study.measure import Costs, key_of, measure_costs, read_costs
 from laco.study.page import as_csv, as_markdown
-from laco.study.plan import Case, by_row, chosen, language_layers, make_plan
+from laco.study.plan import Case, by_row, chosen, make_plan
 from laco.study.plot import accuracy_against_time
 from laco.study.recipe import StudyRecipe
 from laco.study.results import StudyResults, make_lines, verdicts
@@ -52,7 +52,7 @@ def run(
         costs = measure_costs(
             methods, protocol.model, recipe.timing, times, data=protocol.data, again=retime, progress=progress
         )
-    lines = make_lines(cases, study, protocol.judged_on(), costs, language_layers(protocol.model))
+    lines = make_lines(cases, study, protocol.judged_on(), costs)
     return StudyResults(
         command=command(),
         recipe=recipe.model_dump(),

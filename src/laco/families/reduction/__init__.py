@@ -7,7 +7,7 @@ rows out of its input before it computes anything with them. Whatever forgets to
 number.
 """
 
-from laco.families.reduction.cache import ReducedCacheLayer, kept_columns
+from laco.families.reduction.cache import ReducedCacheLayer, computed_columns, kept_columns
 from laco.families.reduction.language_model import extend, extended, restore
 from laco.families.reduction.model import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 
@@ -16,6 +16,7 @@ __all__ = [
     "ReducedConfig",
     "ReducedForConditionalGeneration",
     "ReducedModel",
+    "computed_columns",
     "extend",
     "extended",
     "kept_columns",

@@ -22,6 +22,7 @@ class ReducedCacheLayer(DynamicLayer):
 
     Attributes:
         columns_BK: which token of the sequence each entry is; -1 = padding.
+        computed_BK: the same of all that the layer has computed, also of entries that were taken out again.
         read: tokens of the sequence so far.
         moved_B: by how much the positions of later tokens are lower than in the full sequence.
         counts_entries: whether `get_seq_length` says how many tokens are held, instead of `read`.
@@ -30,6 +31,7 @@ class ReducedCacheLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
     columns_BK: Tensor
+    computed_BK: Tensor
     read: int
     moved_B: Tensor
     counts_entries: bool = False
@@ -44,6 +46,7 @@ class ReducedCacheLayer(DynamicLayer):
     def extend(self, columns_BQ: Tensor, read: int, moved_B: Tensor) -> None:
         """Notes what tokens the newest entries are, `read` having been read with them."""
         self.columns_BK = torch.cat([self.columns_BK, columns_BQ], dim=1)
+        self.computed_BK = torch.cat([self.computed_BK, columns_BQ], dim=1)
         self.read, self.moved_B = read, moved_B
         assert self.columns_BK.shape[1] == self.keys.shape[-2]
 
@@ -58,7 +61,8 @@ class ReducedCacheLayer(DynamicLayer):
         self.columns_BK = torch.cat([self.columns_BK[:, :first], columns_BK], dim=1)
 
     def pick(self, rows: Any) -> None:
-        self.columns_BK, self.moved_B = self.columns_BK[rows], self.moved_B[rows]
+        for name in ("columns_BK", "computed_BK", "moved_B"):
+            setattr(self, name, getattr(self, name)[rows])
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
@@ -76,6 +80,7 @@ class ReducedCacheLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         if tokens_to_remove and self.is_initialized:
             self.columns_BK = self.columns_BK[:, : -abs(tokens_to_remove)]
+            self.computed_BK = self.computed_BK[:, : -abs(tokens_to_remove)]
             self.read -= abs(tokens_to_remove)
 
 
@@ -95,7 +100,7 @@ def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> No
             )
         held: Any = layer
         held.__class__ = reduced(type(layer))
-        held.columns_BK = torch.arange(read, device=device).repeat(batch, 1)
+        held.columns_BK = held.computed_BK = torch.arange(read, device=device).repeat(batch, 1)
         held.read, held.moved_B = read, torch.zeros(batch, dtype=torch.long, device=device)
 
 
@@ -114,6 +119,15 @@ def counting_entries(past: Cache | None) -> Iterator[None]:
 
 def kept_columns(past: Cache | None) -> list[Tensor] | None:
     """For each layer, (B, K) which tokens of the sequence its cache holds, -1 = padding; None if it holds all."""
+    return columns_of(past, "columns_BK")
+
+
+def computed_columns(past: Cache | None) -> list[Tensor] | None:
+    """The same of those that the layer has computed; a method may have taken some out again."""
+    return columns_of(past, "computed_BK")
+
+
+def columns_of(past: Cache | None, name: str) -> list[Tensor] | None:
     if past is None or not past.layers or not isinstance(past.layers[0], ReducedCacheLayer):
         return None
-    return [layer.columns_BK for layer in past.layers if isinstance(layer, ReducedCacheLayer)]
+    return [getattr(layer, name) for layer in past.layers]
