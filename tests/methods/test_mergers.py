@@ -83,6 +83,25 @@ def test_gradient_reaches_input_and_every_parameter(cls: type[Merger], settings:
 
 
 @every_merger
+def test_a_new_module_learns(cls: type[Merger], settings: dict) -> None:
+    """From its own beginning, where zeros in two places would keep each other zero."""
+    torch.manual_seed(0)
+    module = cls(**settings).build(WIDTH)
+    before = copy.deepcopy(module.state_dict())
+    x, wanted = torch.randn(2, 4, 6, WIDTH), torch.randn(2, 2, 3, WIDTH)
+    for _ in range(4):
+        loss = (merge_map(module, x, 2, "pad") - wanted).square().sum()
+        gradients = torch.autograd.grad(loss, parameters := list(module.parameters())) if before else []
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters if before else [], gradients, strict=True):
+                parameter -= 0.01 * gradient
+    # A bias that all keys share, or all tokens of a window, changes nothing.
+    free = {name for name in before if not name.endswith(("attention.k.bias", "saliency.bias"))}
+    free -= {"fc2.bias"} if cls is WTC else set()
+    assert [name for name in sorted(free) if torch.equal(module.state_dict()[name], before[name])] == []
+
+
+@every_merger
 def test_batch_equals_each_picture_alone(cls: type[Merger], settings: dict) -> None:
     method = cls(**settings)
     module = filled(method.build(WIDTH))

@@ -16,14 +16,15 @@ from laco.methods.base import Merger, MergerModule
 class WTC(Merger):
     """Every channel weighs the window's tokens by their content; no norm, no residual.
 
-    Starts with all parameters zero, which is the plain mean, so that an inserted model works at once. The reference
-    views the channels as 16 heads, which changes nothing but that their number must divide by 16; here it need not.
+    Starts as the plain mean, its last map zero, so that an inserted model works at once. In the reference all maps begin
+    with zero; then no gradient reaches any of them, and it would stay the mean for ever. The reference also views the
+    channels as 16 heads, which changes nothing but that their number must divide by 16; here it need not.
     """
 
     name: ClassVar[str] = "wtc"
     title: ClassVar[str] = "windowed token compression (LLaVA-UHD v3)"
     paper: ClassVar[str] = "LLaVA-UHD v3: Progressive Visual Compression, arXiv 2511.21150"
-    confirmed: ClassVar[str] = "formula, zero start, 2 x 2 windows after two or three layers (4 and 18 of 27)"
+    confirmed: ClassVar[str] = "formula, start as the mean, 2 x 2 windows after two or three layers (4 and 18 of 27)"
     assumed: ClassVar[str] = "depth 1/4 for a single one; odd grids padded (the reference raises)"
     trained: ClassVar[bool] = True
     default_depth: ClassVar[float] = 1 / 4
@@ -44,7 +45,7 @@ class WindowedCompression(MergerModule):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for parameter in self.parameters():
+        for parameter in self.fc2.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x_RC: Tensor) -> Tensor:
