@@ -16,9 +16,9 @@ from laco.methods.base import Merger, MergerModule
 class WTC(Merger):
     """Every channel weighs the window's tokens by their content; no norm, no residual.
 
-    Starts as the plain mean, its last map zero, so that an inserted model works at once. In the reference all maps begin
-    with zero; then no gradient reaches any of them, and it would stay the mean for ever. The reference also views the
-    channels as 16 heads, which changes nothing but that their number must divide by 16; here it need not.
+    Starts as the plain mean, its last map zero, so that an inserted model works at once. In the reference all maps are
+    zero at first, so that no gradient reaches any of them and it would stay the mean for ever. The reference also views
+    the channels as 16 heads, which changes nothing but that their number must divide by 16; here it need not.
     """
 
     name: ClassVar[str] = "wtc"
