@@ -30,7 +30,7 @@ def accuracy_against_time(lines: Sequence[Line]) -> Figure:
         figure = Figure(figsize=(6.2 * len(states), 5.6), layout="constrained")
         panels = figure.subplots(1, len(states), sharey=True, squeeze=False)[0]
         for axes, healed in zip(panels, states, strict=True):
-            draw(axes, [line for line in timed if line.healed == healed or line.row == "none"])
+            draw(axes, [line for line in timed if line.healed == healed])
             axes.set_title("after healing" if healed else "as they are", color=INK["ink"])
         panels[0].set_ylabel("accuracy, % (mean of families)", color=INK["muted"])
         figure.supxlabel("time of encoder and prefill, % of the model as it is", color=INK["muted"], fontsize=10)
