@@ -19,6 +19,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from laco._version import __version__
 from laco.errors import LacoError
 from laco.families import FAMILIES, Family, family_of
+from laco.families.reduction.trained import trained_modules
 from laco.families.steps import Compression
 from laco.files import atomic_directory
 from laco.methods import Merger, Method
@@ -198,6 +199,8 @@ def built(compression: Compression, family: Family, config: Any) -> dict[str, nn
         layers = family.encoder_kind(config).num_layers(family.vision_config(config))
         modules = {index: reducer.build(width) for index in reducer.layers(layers, max(family.read_layers(config)))}
         found |= {f"layers.{index}": module for index, module in modules.items() if module is not None}
+    if compression.reductions:
+        found |= trained_modules(compression.reductions, family.text_config(config), width)
     return found
 
 

@@ -56,6 +56,11 @@ def test_the_question_is_needed():
         model(**alone, pixel_values=batch["pixel_values"])
 
 
+def test_what_no_model_gathers_is_refused_at_once():
+    with pytest.raises(laco.LacoError, match="needs clip_text and clip_tokens, which laco does not gather"):
+        compressed("llava-clip", laco.CDPruner(keep=0.5, relevance="clip"))
+
+
 def test_prompts_without_a_picture_are_no_matter():
     model, processor = compressed("llava-siglip", laco.CDPruner(keep=0.5))
     with torch.no_grad():

@@ -48,6 +48,7 @@ def methods(name: str) -> dict[str, Method]:
         "flexselect_lite": laco.methods.FlexSelect(keep=0.3, lite=1, width=16),
         "explainability": laco.methods.Explainability(keep=0.4),
         "fastv": laco.methods.FastV(keep=0.4, layer=layer),
+        "fastv_renumbered": laco.methods.FastV(keep=0.4, layer=layer, positions="renumber"),
         "pyramid_drop": laco.methods.PyramidDrop(keep=0.3, layer=layer),
         "sparsevlm": laco.methods.SparseVLM(keep=0.3, layer=layer),
         "glimpse_prune": laco.methods.GlimpsePrune(keep=0.4, layer=layer, width=16, condition=16, threshold=0.0),
@@ -236,6 +237,22 @@ def test_saved_and_loaded_through_the_auto_classes(name, kind, tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path)) is type(processor)
 
 
+@pytest.mark.parametrize("kind", ["fastv", "flexselect_lite", "explainability", "glimpse_prune"])
+@pytest.mark.parametrize("name", ["llava-clip", "qwen3_vl-qwen3_vl"])
+def test_what_it_trains_is_saved_alone(name, kind, tmp_path):
+    model, processor = reduced(name, methods(name)[kind])
+    batch = tiny.CASES[name].inputs(processor, *prompts(name))
+    torch.manual_seed(1)
+    for compressor in family_of(model).compressors(model).values():
+        for parameter in compressor.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    wanted = last_logits(model, batch)
+    laco.save_compressor(model, tmp_path / "adapter")
+    again, its = deepcopy(built(name, "stock"))
+    laco.load_compressor(again, its, tmp_path / "adapter")
+    assert torch.equal(last_logits(again, batch), wanted)
+
+
 @every_kind
 @every_case
 def test_decompressed_is_the_model_from_before(name, kind):
@@ -246,6 +263,69 @@ def test_decompressed_is_the_model_from_before(name, kind):
     assert model.config.to_dict() == stock.config.to_dict()
     batch = tiny.CASES[name].inputs(processor, *prompts(name))
     assert torch.equal(last_logits(model, batch), last_logits(stock, batch))
+
+
+@pytest.mark.parametrize("kind", ["fastv", "fastv_renumbered"])
+@pytest.mark.parametrize("name", ["llava-siglip", "llava_onevision-clip", "qwen2_5_vl-qwen2_5_vl"])
+def test_positions_behind_a_point_inside_the_language_model(name, kind):
+    """The stock layers, the last of which gets by hand what is left at its old positions, or counted anew."""
+    model, processor = reduced(name, methods(name)[kind])
+    batch = tiny.CASES[name].inputs(processor, ONE)
+    seen: dict[str, Any] = {}
+    language_model = family_of(model).language_model(model)
+    hook = language_model.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        outputs = model(**batch, use_cache=True)
+    hook.remove()
+    columns = kept_columns(outputs.past_key_values)
+    assert columns is not None
+    (left,) = columns[-1]
+    length = batch["input_ids"].shape[1]
+    assert len(left) < length
+    positions = seen.get("position_ids")
+    positions = (torch.arange(length)[None] if positions is None else positions)[-3:]
+    stock = family_of(model).language_model(built(name, "stock")[0])
+    with torch.no_grad():
+        entered = stock(inputs_embeds=seen["inputs_embeds"], position_ids=positions, output_hidden_states=True)
+        x_LD = entered.hidden_states[last_layer(name)][:, left]
+        if kind == "fastv_renumbered":
+            order = {value: rank for rank, value in enumerate(sorted(set(positions[..., left].flatten().tolist())))}
+            place = torch.tensor(
+                [[order[value] for value in axis.tolist()] for axis in positions[..., left].view(-1, len(left))]
+            )
+            place = place.view(*positions.shape[:-1], len(left))
+        else:
+            place = positions[..., left]
+        tables = stock.rotary_emb(x_LD, place)
+        out = stock.layers[-1](x_LD, position_embeddings=tables, attention_mask=None)
+        hidden = stock.norm(out[0] if isinstance(out, tuple) else out)
+        wanted = built(name, "stock")[0].get_output_embeddings()(hidden[:, -1])
+    torch.testing.assert_close(outputs.logits[:, -1], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_counted_anew_after_every_point():
+    """Each point lowers the positions of what follows; so does the second of two pictures' turns, in its own layers."""
+    model, processor = reduced("llava-siglip", laco.methods.FastV(keep=0.4, layer=1, positions="renumber"))
+    batch = tiny.CASES["llava-siglip"].inputs(processor, ONE)
+    places: list[list[int]] = []
+    language_model = family_of(model).language_model(model)
+    rotary = language_model.rotary_emb.register_forward_pre_hook(lambda _, args: places.append(args[1][0].tolist()))
+    with torch.no_grad():
+        past = model(**batch, use_cache=True).past_key_values
+        length = batch["input_ids"].shape[1]
+        columns = kept_columns(past)
+        assert columns is not None
+        left = columns[-1].shape[1]
+        assert places == [list(range(length)), list(range(left))]
+        places.clear()
+        token = batch["input_ids"][:, -1:]
+        model(input_ids=token, past_key_values=past)
+        assert places == [[length], [left]]
+        places.clear()
+        model(**batch, past_key_values=past)  # a second picture
+        assert places[0] == list(range(length + 1, 2 * length + 1))
+        assert places[1] == list(range(left + 1, 2 * left + 1))
+    rotary.remove()
 
 
 @pytest.mark.parametrize("kind", ["div_prune", "renumbered", "visionzip"])
@@ -278,6 +358,66 @@ def test_going_on_with_a_cache_at_once_equals_token_by_token(name, kind):
         at_once = model(input_ids=more, past_key_values=pasts[0]).logits
         one_by_one = [model(input_ids=token, past_key_values=pasts[1]).logits for token in more.split(1, dim=1)]
     torch.testing.assert_close(at_once, torch.cat(one_by_one, dim=1), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["div_prune", "visionzip", "vispruner", "scope", "holov", "prunesid"])
+@pytest.mark.parametrize("name", ["llava-siglip", "llava-clip", "llava-dinov2", "internvl-internvit"])
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+def test_how_many_tokens_are_read_is_known_beforehand(name, method, keep):
+    """Some methods keep CLS, too, which takes the place of a token that leaves, if it passes the projector at all."""
+    model, processor = reduced(name, registry()[method](keep=keep))
+    batch = tiny.CASES[name].inputs(processor, ONE)
+    family = family_of(model)
+    grid = family.grid(model.config)
+    told = family.tokens_read(model.config, grid)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+    parts = [rows.view(-1, round(family.visual_tokens(model.config, grid)), rows.shape[-1]) for rows in features]
+    assert {int(count) for tiles in parts for count in (~tiles[..., 0].isnan()).sum(dim=1)} == {told}
+
+
+def test_prumerge_looks_at_the_last_layer(monkeypatch):
+    """Its queries and keys are of the encoder's last layer, its features of the one that the projector reads."""
+    model, processor = reduced("llava-clip", laco.methods.PruMerge())
+    assert model.config.vision_feature_layer == -2
+    batch = tiny.CASES["llava-clip"].inputs(processor, ONE)
+    seen: list[Signals] = []
+    plan = laco.methods.PruMerge.plan
+    monkeypatch.setattr(
+        laco.methods.PruMerge, "plan", lambda self, signals: (seen.append(signals), plan(self, signals))[1]
+    )
+    last_logits(model, batch)
+    encoder = family_of(model).encoder(model)
+    layer = family_of(model).layers(model)[-1]
+    with torch.no_grad():
+        hidden = encoder(batch["pixel_values"], output_hidden_states=True).hidden_states
+        normed = layer.layer_norm1(hidden[-2][0])
+        assert torch.equal(seen[0].features, hidden[-2][0])
+        for found, project in ((seen[0].queries, layer.self_attn.q_proj), (seen[0].keys, layer.self_attn.k_proj)):
+            torch.testing.assert_close(found.flatten(1), project(normed))
+
+
+def test_pyramid_drop_asks_for_every_answer_in_training(monkeypatch):
+    """The queries are the tokens before answers, in one sample two, in the other, which is padded, one."""
+    model, processor = reduced("llava-siglip", laco.methods.PyramidDrop(keep=0.3, layer=1))
+    batch = tiny.CASES["llava-siglip"].inputs(processor, *prompts("llava-siglip")[:2])
+    labels = torch.full_like(batch["input_ids"], -100)
+    ends = batch["attention_mask"].flip(1).argmax(dim=1).neg() + labels.shape[1]
+    for row, starts in enumerate([(-5, -2), (-3,)]):
+        for start in starts:
+            place = int(ends[row]) + start
+            labels[row, place : place + 2] = batch["input_ids"][row, place : place + 2]
+    rows: list[list[int]] = []
+    queries = laco.methods.PyramidDrop.queries
+
+    def noting(self, signals):
+        rows.append(queries(self, signals).tolist())
+        return queries(self, signals)
+
+    monkeypatch.setattr(laco.methods.PyramidDrop, "queries", noting)
+    model.train()(**batch, labels=labels).loss.backward()
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert rows == [[lengths[0] - 6, lengths[0] - 3], [lengths[1] - 4]]
 
 
 @every_case

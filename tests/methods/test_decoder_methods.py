@@ -577,6 +577,9 @@ def test_what_glimpse_prune_keeps():
     assert stays(keep=0.5) == [0, 2, 4, 6]
     assert stays(keep=1, at_least=2) == [0, 4, 6, 7]
     assert stays(threshold=0.8) == [0, 4, 6]
+    assert stays(keep=0.1, at_least=0) == []
+    many = torch.ones(100).index_fill(0, torch.arange(29, 100), -1.0)  # 29 of 100 are no more than 0.29 of them
+    assert int(GlimpsePrune(keep=0.29).stays(many, (Grid(1, 10, 10),)).sum()) == 29
     signals = sample()
     log = GlimpsePrune(attention="log_softmax").features(signals)
     torch.testing.assert_close(log, signals.logits[:, -1].log_softmax(dim=-1)[:, 6:36].T)

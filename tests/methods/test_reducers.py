@@ -350,7 +350,7 @@ def test_spvit_decides_packs_and_never_takes_back() -> None:
                 dropped = [n for n in range(12) if before[b, n] and not keep[b, n]]
                 assert dropped or point
                 total = sum((soft[b, n, 0] * x[b, 2 + n] for n in dropped), torch.zeros_like(x[0, 0]))
-                wanted = total if strict else total / (sum(soft[b, n, 0] for n in dropped) + 1e-6)
+                wanted = total / (1 if strict or not dropped else sum(soft[b, n, 0] for n in dropped))
                 torch.testing.assert_close(y[b, -1], wanted, **same)
                 assert state.sources_BNS[b, -1].nonzero().flatten().tolist() == [2 + n for n in dropped]
             before = keep
@@ -385,6 +385,31 @@ def test_spvit_trains() -> None:
     assert set(policy.unique().tolist()) == {0, 1}
     (y * policy[..., None]).sum().backward()
     assert all(p.grad is not None and p.grad.count_nonzero() for p in module.parameters())
+
+
+def test_spvit_at_fewer_points_than_targets() -> None:
+    """With `layer` it is one, in short encoders two; the targets are those of the first points."""
+    for method, layers in ((SPViT(layer=2), 12), (SPViT(), 3)):
+        points = len(method.layers(layers))
+        assert points < 3
+        keeps = [torch.full((2, 5), 0.5)] * points
+        wanted = 2 * sum((0.5 - target) ** 2 for target in method.targets[:points]) / points
+        assert float(method.loss(keeps, None, None)) == pytest.approx(wanted)
+
+
+def test_spvit_packs_nothing_without_a_large_gradient() -> None:
+    """Where no token is dropped the package is empty, and so is what it teaches."""
+    method = SPViT(targets=(0.7,), heads=2)
+    torch.manual_seed(0)
+    module = method.build(16).train()
+    with torch.no_grad():
+        module.score[-1].bias.copy_(torch.tensor([9.0, 0.0]))
+    x = torch.randn(1, 8, 16)
+    y, state = method.before_layer(x, method.start(x, 4), method.layers(4)[0], module)
+    assert torch.equal(y[:, -1], torch.zeros(1, 16))
+    assert state.policy_BN is not None
+    gradients = torch.autograd.grad(y.sum(), list(module.parameters()), allow_unused=True)
+    assert max(float(g.abs().max()) for g in gradients if g is not None) < 10
 
 
 def test_spvit_keeps_as_many_after_training_as_in_it() -> None:
@@ -676,8 +701,8 @@ def test_wrong_use() -> None:
         EViT(depth=1.0).layers(6)
     with pytest.raises(LacoError, match="cannot keep 5 of 4"):
         Folder(keep=5, minimum=0).num_tokens(4, 2)
-    with pytest.raises(LacoError, match="multiple of 4"):
-        MultiheadSelector(12, 2)
+    with pytest.raises(LacoError, match="an even number"):
+        MultiheadSelector(6, 2)
     with pytest.raises(LacoError, match="needs the selector"):
         through(SPViT(), rand(1, 5, WIDTH))
     with pytest.raises(LacoError, match="two layers"):

@@ -2,7 +2,9 @@
 
 from dataclasses import fields, replace
 from itertools import combinations
+from math import ceil, log
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from torch import Tensor
 from laco.errors import LacoError
 from laco.grid import Grid
 from laco.methods import Plan, Selector, Signals, registry
+from laco.methods.cdpruner import conditional_kernel, scaled
 from laco.methods.greedy import coverage, determinantal, farthest_points
+from laco.methods.scissor import merge
 from laco.methods.selector import cosines
 
 SELECTORS = {name: cls for name, cls in registry().items() if issubclass(cls, Selector)}
@@ -169,6 +173,20 @@ def test_determinants_by_hand():
     assert determinantal(kernel, 5).tolist() == picks
 
 
+def test_determinants_of_tokens_that_hardly_matter():
+    """One token matters a thousand times as much as the others; among these the rule is the same."""
+    torch.manual_seed(5)
+    x = torch.nn.functional.normalize(torch.randn(30, 16, dtype=torch.double), dim=-1)
+    weight = 5e-4 + 5e-4 * torch.rand(30, dtype=torch.double)
+    weight[7] = 1
+    kernel = (weight[:, None] * x) @ (weight[:, None] * x).T
+    picks: list[int] = []
+    while len(picks) < 10:
+        rest = [j for j in range(30) if j not in picks]
+        picks.append(max(rest, key=lambda j: float(torch.logdet(kernel[[*picks, j]][:, [*picks, j]]))))
+    assert determinantal(kernel.float(), 10).tolist() == picks
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("count", [1, 9, 40])
 def test_lazy_coverage_is_plain_coverage(weighted, count):
@@ -238,6 +256,100 @@ def test_dyntok_by_hand(threshold):
     assert len(plan.kept) == {1.0: 30, -1.0: 6}.get(threshold, len(wanted))
     sizes = 1 / plan.weights.amax(dim=1)
     torch.testing.assert_close((plan(h) * sizes[:, None]).sum(dim=0), h.sum(dim=0))
+
+
+def test_equal_tokens_stay_apart_where_nothing_may_join():
+    """The cosine of a vector with itself may come out above 1."""
+    for seed in range(20):
+        token = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        given = Signals(grid=Grid(1, 3, 4), tokens=token.repeat(12, 1), features=token.repeat(12, 1))
+        assert len(SELECTORS["dyntok"](threshold=1.0)(given).kept) == 12
+        assert len(SELECTORS["scissor"](threshold=1.0)(given).kept) == 12
+        opposite = replace(given, features=given.features * torch.tensor([1.0, -1.0]).repeat(6)[:, None])
+        assert len(SELECTORS["dyntok"](threshold=-1.5)(opposite).kept) == 3
+    with pytest.raises(LacoError, match=r"dyntok: threshold is a cosine, at most 1; got 1.5"):
+        SELECTORS["dyntok"](threshold=1.5)
+
+
+def test_scissor_samples_as_its_reference():
+    """`numpy.random.choice` without replacement, of a generator with this seed, graph by graph."""
+    torch.manual_seed(6)
+    x = torch.randn(2, 40, 3)
+    rng = np.random.RandomState(3)
+    drawn: list[Tensor] = []
+
+    def sample(nodes: int) -> Tensor:
+        drawn.append(torch.from_numpy(rng.choice(nodes, min(nodes, ceil(log(nodes) / 0.6**2)), replace=False)))
+        return drawn[-1]
+
+    wanted = merge(x, 0.9, sample)[0]
+    assert all(len(nodes) < 40 for nodes in drawn[:2])
+    plan = SELECTORS["scissor"](threshold=0.9, error=0.6, seed=3)(Signals(grid=Grid(2, 5, 8), tokens=x.flatten(0, 1)))
+    assert torch.equal(plan.kept, wanted.kept)
+    assert torch.equal(plan.weights, wanted.weights)
+
+
+def test_prumerge_counts_as_its_reference():
+    """8 outliers of 49 tokens are 8 / 49 of them, of which int(49 * (8 / 49)) = 7 stay; a budget of 8 keeps 8."""
+    q, k = torch.zeros(50, 1, 4), torch.zeros(50, 1, 4)
+    q[0] = 4
+    k[[3, 9, 11, 17, 25, 31, 40, 44], 0, 0] = 2 + torch.arange(8.0)
+    given = Signals(grid=Grid(1, 7, 7), features=torch.randn(50, 5), queries=q, keys=k)
+    assert len(SELECTORS["prumerge"]()(given).kept) == 7 + 1
+    assert len(SELECTORS["prumerge"](keep=8)(given).kept) == 8 + 1
+
+
+def test_prumerge_without_cls_takes_the_attention_from_all():
+    torch.manual_seed(7)
+    q, k = torch.randn(12, 2, 4), torch.randn(12, 2, 4)
+    given = Signals(grid=Grid(1, 3, 4), features=torch.randn(12, 5), queries=q, keys=k)
+    received = (q.flatten(1) @ k.flatten(1).T / 8**0.5).softmax(dim=1).mean(dim=0)
+    torch.testing.assert_close(SELECTORS["prumerge"]().attention(given), received)
+
+
+def test_prumerge_of_all_tokens_changes_nothing():
+    given = signals()
+    for settings in ({"keep": 1.0}, {"keep": 48}, {"keep": 1.0, "grid": True}):
+        plan = SELECTORS["prumerge"](**settings)(given)
+        assert torch.equal(plan(given.features), given.features[1:])
+
+
+def test_vidcom2_at_the_full_rate():
+    """All tokens stay; in the authors' code frames that are like the video lose some."""
+    given = signals(Grid(4, 3, 4), prefix=0)
+    given = replace(given, tokens=given.tokens * 0.02 + torch.randn(4, 12).repeat_interleave(12, dim=0))
+    assert len(SELECTORS["vidcom2"](keep=1.0)(given).kept) == 48
+    assert len(SELECTORS["vidcom2"](keep=1.0, strict_reference=True)(given).kept) < 48
+
+
+def test_theta_of_cdpruner():
+    given = signals()
+    relevance = scaled(cosines(given.tokens, given.text).mean(dim=1))
+    for theta in (0.0, 0.5, 0.9):
+        kernel = conditional_kernel(given.tokens, (theta / (2 * (1 - theta)) * relevance).exp())
+        wanted = determinantal(kernel, 8).sort().values
+        assert torch.equal(SELECTORS["cdpruner"](keep=8, theta=theta)(given).kept, wanted)
+    with pytest.raises(LacoError, match="theta lies in 0"):
+        SELECTORS["cdpruner"](theta=1.0)
+
+
+def test_cdpruner_in_the_space_of_clip_needs_it():
+    method = SELECTORS["cdpruner"](keep=8, relevance="clip")
+    with pytest.raises(LacoError, match="cdpruner needs clip_text, which is not there"):
+        method(signals())
+    assert "text" in SELECTORS["cdpruner"].needs
+    torch.manual_seed(8)
+    given = replace(signals(), text=None, clip_tokens=torch.randn(48, 6), clip_text=torch.randn(2, 6))
+    assert len(method(given).kept) == 8
+
+
+def test_v_cast_of_frames_that_may_lose_all():
+    given = signals(Grid(4, 3, 4), prefix=0)
+    for least in (0, 1, 3):
+        counts = (SELECTORS["v_cast"](keep=12, at_least=least)(given).kept // 12).bincount(minlength=4)
+        assert counts.sum() == 12
+        assert counts.min() >= least
+    assert counts.tolist() == [3, 3, 3, 3]
 
 
 def test_a_plan_of_weights_merges():

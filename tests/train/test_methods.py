@@ -285,6 +285,7 @@ def test_boxes_hold_what_a_question_is_about() -> None:
         pixels = made.pixels.astype(float)
         for question in made.questions:
             boxes = boxes_about(made.scene, question)
+            assert all(0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 for x1, y1, x2, y2 in boxes)
             crops = [
                 pixels[round(y1 * SIDE) : round(y2 * SIDE), round(x1 * SIDE) : round(x2 * SIDE)]
                 for x1, y1, x2, y2 in boxes

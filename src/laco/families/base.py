@@ -227,7 +227,9 @@ class Family(ABC):
             if not method.static_count:
                 return None
             if isinstance(method, Selector):
-                tokens = method.budget(round(tokens))
+                # A prefix token that stays passes the projector by itself.
+                alone = not self.unmerges(config) and all(step.place != "projector" for step in self.steps(config))
+                tokens = method.left(round(tokens), self.prefix(config) if alone else 0)
             elif isinstance(method, DecoderMethod):
                 tokens = fmean(method.layer_tokens(round(tokens), self.text_config(config).num_hidden_layers))
         return tokens

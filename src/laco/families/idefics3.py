@@ -20,6 +20,7 @@ from transformers import (
 
 from laco.errors import LacoError
 from laco.families.base import Family
+from laco.families.encoders import encoder_of
 from laco.families.encoders.idefics3 import IDEFICS3, LacoIdefics3VisionConfig, LacoIdefics3VisionTransformer
 from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 from laco.families.reduction.pictures import Pictures, pooled
@@ -46,7 +47,8 @@ class ShuffledTiles(Pictures):
 
     def tokens(self, body: Any, features: Any) -> list[Tensor]:
         config = body.config  # the model's own are those of all tiles of a sample
-        size = (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
+        grid = encoder_of(config.vision_config).grid(config.vision_config)
+        size = grid.tokens // config.scale_factor**2
         return list(torch.cat([rows.flatten(0, -2) for rows in features]).split(size))
 
     def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from laco.families.base import Family
-from laco.families.encoders.qwen import PackedVisionConfig, QwenEncoder
+from laco.families.encoders.qwen import PackedLayer, PackedVisionConfig, QwenEncoder
 from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 from laco.families.reduction.pictures import Pictures, View
 from laco.families.steps import Step
@@ -64,9 +64,12 @@ class PackedPictures(Pictures):
         """The order in which the encoder has the windows, where that is not theirs."""
         return None
 
-    def attending(self, kwargs: Mapping[str, Any] | None) -> list[int] | None:
-        assert kwargs is not None
-        return kwargs["cu_seqlens"].diff().tolist()
+    def attending(self, layer: Any, kwargs: Mapping[str, Any]) -> list[int] | None:
+        bounds = kwargs["cu_seqlens"]
+        return (layer.bounds(bounds) if isinstance(layer, PackedLayer) else bounds).diff().tolist()
+
+    def merged(self, part: Any, x_TNC: Tensor) -> Tensor:
+        return x_TNC  # whole blocks are joined when they are gathered
 
 
 class QwenModel(ReducedModel):

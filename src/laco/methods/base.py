@@ -52,6 +52,8 @@ class Method(ABC):
     trained: ClassVar[bool]
     static_count: ClassVar[bool] = True
     default_depth: ClassVar[float] = 1.0
+    # False: it stands at one place alone.
+    has_depth: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # Settings come from Python, YAML, JSON and the command line: every one is held to its declared type.
@@ -62,14 +64,14 @@ class Method(ABC):
             except ValidationError as error:
                 wanted = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
                 raise LacoError(f"{self.name}: {name}={value!r} does not fit: {wanted}") from None
+        if not self.has_depth and (self.depth, self.layer) != (None, None):
+            raise LacoError(f"{self.name} stands behind the vision encoder, so it takes neither depth nor layer")
         if self.depth is not None and self.layer is not None:
             raise LacoError("give depth or layer, not both")
         if self.depth is not None and not 0 < self.depth <= 1:
             raise LacoError(f"depth must lie in (0, 1], 1 meaning after the last layer; got {self.depth}")
         if self.layer is not None and self.layer < 1:
-            raise LacoError(
-                f"layer counts the encoder layers that run before compressing, so 1 or more; got {self.layer}"
-            )
+            raise LacoError(f"layer counts the layers that run before compressing, so 1 or more; got {self.layer}")
 
     def layer_in(self, num_layers: int, last: int | None = None) -> int:
         """The layer count k in an encoder of `num_layers` layers.
@@ -99,7 +101,8 @@ class Method(ABC):
         """Builds the method from plain data, refusing unknown fields."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise LacoError(f"{cls.name} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+            told = known if cls.has_depth else known - {"depth", "layer"}
+            raise LacoError(f"{cls.name} has no setting {unknown[0]!r}; it has {', '.join(sorted(told))}")
         return cls(**values)
 
 

@@ -23,6 +23,8 @@ class CDPruner(Selector):
         relevance: `text` compares the question's input embeddings with the tokens (the rule of the OpenVINO port, for
             models without a CLIP text encoder); `clip` takes the *negated* similarity in CLIP's joint space, as the
             authors do for LLaVA 1.5.
+        theta: sharpens or flattens relevance to exp(theta r / (2 - 2 theta)), as the OpenVINO port has it with 0.5;
+            None = r itself, as in the authors' code.
 
     The reference scales relevance over all crops and pictures of a batch together; here every picture has its own
     scale, so that a batch changes nothing (`scaled` of a whole (B, N) tensor is the reference's).
@@ -38,17 +40,27 @@ class CDPruner(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens", "text"})
 
     relevance: Literal["text", "clip"] = "text"
+    theta: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise LacoError(f"cdpruner: theta lies in 0 .. 1, below 1; got {self.theta}")
+        if self.relevance == "clip":
+            object.__setattr__(self, "needs", frozenset({"tokens", "clip_tokens", "clip_text"}))
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
-        assert signals.text is not None
         if self.relevance == "text":
-            relevance_N = cosines(signals.tokens, signals.text).mean(dim=1)
-        elif signals.clip_tokens is None or signals.clip_text is None:
-            raise LacoError('cdpruner: relevance="clip" needs clip_tokens and clip_text, which are not there')
+            assert signals.text is not None
+            relevance_N = scaled(cosines(signals.tokens, signals.text).mean(dim=1))
         else:
-            relevance_N = -cosines(signals.clip_tokens, signals.clip_text).mean(dim=1)
-        kernel = conditional_kernel(signals.tokens, scaled(relevance_N))
+            assert signals.clip_tokens is not None
+            assert signals.clip_text is not None
+            relevance_N = scaled(-cosines(signals.clip_tokens, signals.clip_text).mean(dim=1))
+        if self.theta is not None:
+            relevance_N = (self.theta / (2 - 2 * self.theta) * relevance_N).exp()
+        kernel = conditional_kernel(signals.tokens, relevance_N)
         return Plan(determinantal(kernel, self.budget(signals.grid.tokens)).sort().values)
 
 

@@ -29,7 +29,10 @@ class ConvCompressor(Merger):
     title: ClassVar[str] = "convolutional compressor (DeepSeek-OCR)"
     paper: ClassVar[str] = "DeepSeek-OCR: Contexts Optical Compression, arXiv 2510.18234"
     confirmed: ClassVar[str] = "layers, norms (eps 1e-6), strides, no bias and no activation; 768 -> 256 -> 512 -> 1024"
-    assumed: ClassVar[str] = "the last convolution gives the encoder's width; depth 1/2, as between the two encoders"
+    assumed: ClassVar[str] = (
+        "the last convolution gives the encoder's width; depth 1/2, as between the two encoders; odd grids by `odd`,"
+        " where the reference's convolutions see zeros beside them"
+    )
     trained: ClassVar[bool] = True
     default_depth: ClassVar[float] = 1 / 2
 

@@ -28,7 +28,9 @@ class DART(DecoderMethod):
             tokens, and visual pivots stay on top, so that p + (p + t) * floor(keep / (p + t)) remain, mostly more; of a
             budget for all, all remain.
 
-    Pivots take turns from the largest norm on, visual ones first.
+    Pivots take turns from the largest norm on, visual ones first. The L1 norm of rotated keys changes with their
+    positions, so a left-padded batch equals each prompt alone only with `position_ids` that leave padding out, as
+    `generate` makes them; a plain forward of most models counts it.
 
     `strict_reference`, of the authors' rule: in the order of a Python set of their places in the sequence, which
     changes the result; and a budget for all is no exception.

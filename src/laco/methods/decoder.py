@@ -36,7 +36,7 @@ class DecoderSignals:
         logits: (H, M, L) the same before the softmax.
         keys: (H, L, d) of the last layer that ran, rotated.
         rotary: two (L, d), cosines and sines of the positions.
-        answers: (A,) where answers begin; in training.
+        answers: (A,) where answers begin, if there are any, for methods that read them.
         maps: hidden states (N, C) of vision encoder layers, one for each of the method's `maps`.
         grids: of the pictures that the visual tokens belong to.
         trailing: tokens at the end that leave with this plan: those which the method itself had put there.
@@ -116,12 +116,14 @@ class DecoderMethod(Method):
 
     Subclasses give `plan`. Class data `default_depths`: after which fraction of
     the layers the paper does so; `attention_layer`: `signals.attention` is that of the `last` layer that ran, or what
-    the `next` one would compute, from its own norm, projections and rotary table.
+    the `next` one would compute, from its own norm, projections and rotary table; `reads_answers`: in training it gets
+    the whole dialogue, others the prompt up to the first answer.
 
     Args:
         keep: visual tokens that stay after each point, as counts or fractions of those at the beginning.
         depths: the points, as fractions of the layers; `depth` or `layer`, where only one is wanted.
-        positions: as those of `Selector`: `keep` is the default also where the reference counts anew.
+        positions: as those of `Selector`: `keep` is the default also where the reference counts anew. With `renumber`
+            they are counted anew behind each point; the cache of the layers before keeps the old ones.
         strict_reference: with the quirks of the authors' code, which the class names.
     """
 
@@ -130,6 +132,7 @@ class DecoderMethod(Method):
     attention_layer: ClassVar[Literal["last", "next"]] = "last"
     final_norm: ClassVar[bool] = False
     rewrites_cache: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
     default_depths: ClassVar[tuple[float, ...]]
 
     keep: int | float | tuple[int | float, ...] = 0.5
@@ -142,7 +145,7 @@ class DecoderMethod(Method):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         super().__post_init__()
-        if any(keep <= 0 or (isinstance(keep, float) and keep > 1) for keep in self.keeps):
+        if any(not keep > 0 or (isinstance(keep, float) and keep > 1) for keep in self.keeps):  # NaN is not above 0
             raise LacoError(
                 f"{self.name}: keep has counts of visual tokens, 1 or more, or fractions in (0, 1]; got {self.keep}"
             )

@@ -20,7 +20,7 @@ class DynTok(Selector):
     the row.
 
     Args:
-        threshold: cosine above which neighbours join; 1 = every token stays.
+        threshold: cosine above which neighbours join; 1 = every token stays, below -1 = one token a row.
     """
 
     name: ClassVar[str] = "dyntok"
@@ -37,14 +37,15 @@ class DynTok(Selector):
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
-        if not -1 <= self.threshold <= 1:
-            raise LacoError(f"dyntok: threshold is a cosine in -1 .. 1; got {self.threshold}")
+        if self.threshold > 1:
+            raise LacoError(f"dyntok: threshold is a cosine, at most 1; got {self.threshold}")
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.features is not None
         x_RWC = normalize(signals.features[signals.prefix :].float(), dim=-1).unflatten(0, (-1, signals.grid.width))
         opens_RW = torch.ones(x_RWC.shape[:2], dtype=torch.bool, device=x_RWC.device)
-        opens_RW[:, 1:] = (x_RWC[:, 1:] * x_RWC[:, :-1]).sum(dim=-1) <= self.threshold
+        # Rounding makes the cosine of equal neighbours a little more than 1.
+        opens_RW[:, 1:] = (x_RWC[:, 1:] * x_RWC[:, :-1]).sum(dim=-1).clamp(max=1) <= self.threshold
         group_N = opens_RW.flatten().cumsum(0) - 1
         first = opens_RW.flatten().nonzero().flatten()
         weights = torch.zeros(len(first), len(group_N), device=group_N.device)

@@ -91,7 +91,7 @@ class FlashVID(Selector):
             weights.append(plan.weights)
             start += length
         kept_K = torch.cat(kept)
-        order = kept_K.argsort(stable=True)
+        order = kept_K.argsort(stable=not self.strict_reference)
         return Plan(kept_K[order], torch.block_diag(*weights)[order])
 
     def of_segment(self, x_FnD: Tensor, attention_Fn: Tensor, chosen: int, merged: int) -> Plan:

@@ -40,7 +40,9 @@ class Folder(Reducer):
     confirmed: ClassVar[str] = (
         "place, score with penalty, folding, means of features, keys and attention, order, log size"
     )
-    assumed: ClassVar[str] = "budget as a fraction; attention received where there is no CLS; few tokens left alone"
+    assumed: ClassVar[str] = (
+        "budget as a fraction; attention received where there is no CLS; few tokens, CLS not counted, left alone"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"keys", "cls_attention"})  # of the form `block`
 
     keep: int | float = 1 / 3

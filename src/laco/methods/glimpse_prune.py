@@ -117,10 +117,12 @@ class GlimpsePrune(DecoderMethod):
         return torch.cat([self._stays(part) for part in importance_N.split([grid.tokens for grid in grids])])
 
     def _stays(self, importance_N: Tensor) -> Tensor:
-        probability_N, most = importance_N.float().sigmoid(), self.count(self.keeps[0], len(importance_N))
+        probability_N, tokens, limit = importance_N.float().sigmoid(), len(importance_N), self.keeps[0]
         # The best come first, so that limits are lengths.
         number = int((probability_N > self.threshold).sum())
-        number = max(min(number, most), min(self.at_least, len(importance_N)))
+        if (number / tokens if isinstance(limit, float) else number) > limit:
+            number = int(limit * tokens) if isinstance(limit, float) else limit
+        number = max(number, min(self.at_least, tokens))
         stays_N = torch.zeros_like(probability_N, dtype=torch.bool)
         stays_N[importance_N.argsort(descending=True, stable=True)[:number]] = True
         return stays_N

@@ -113,23 +113,21 @@ def nearest_cosine(unit_NC: Tensor, tokens_R: Tensor, others_M: Tensor) -> Tenso
 def determinantal(kernel_NN: Tensor | Product, count: int, exhausted: float = 1e-6) -> Tensor:
     """Greedy MAP of a determinantal point process: each time the token that adds most to log det of the kernel.
 
-    Fast form with an incremental Cholesky factor (Chen et al. 2018, arXiv 1709.05135). Once no token adds more than
-    `exhausted` times the largest diagonal entry, the kernel's rank is used up and what follows would be rounding noise
-    (and roots of negative numbers): the largest diagonal entries fill up.
+    Fast form with an incremental Cholesky factor (Chen et al. 2018, arXiv 1709.05135). A token of whose diagonal entry
+    no more than the fraction `exhausted` is left depends on the picks up to rounding noise (and roots of negative
+    numbers); where that are all, the kernel's rank is used up, and the largest diagonal entries fill up.
 
     Returns:
         (count,) indices in the order of picking, none twice.
     """
     row = reader(kernel_NN, count)
     rest_N = kernel_NN.diagonal().clone()  # -inf once it is picked, as in `gain_N`
-    gain_N, least = rest_N.clone(), exhausted * rest_N.max()
+    gain_N, noise_N = rest_N.clone(), exhausted * rest_N
     factor_KN = rest_N.new_zeros(count, len(rest_N))
-    spent_1 = torch.zeros_like(rest_N[:1], dtype=torch.bool)
     picks: list[Tensor] = []
     for step in range(count):
-        best_1, pick_1 = gain_N.max(dim=0, keepdim=True)
-        spent_1 = spent_1 | (best_1 <= least)
-        pick_1 = torch.where(spent_1, rest_N.argmax(dim=0, keepdim=True), pick_1)
+        best_1, pick_1 = gain_N.where(gain_N > noise_N, -torch.inf).max(dim=0, keepdim=True)
+        pick_1 = torch.where(best_1.isinf(), rest_N.argmax(dim=0, keepdim=True), pick_1)
         picks.append(pick_1)
         projected_N = factor_KN[:step].index_select(1, pick_1)[:, 0] @ factor_KN[:step]
         factor_KN[step] = (row(pick_1) - projected_N) / gain_N.index_select(0, pick_1).sqrt()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from laco.attention import cls_rows, received
 from laco.methods.base import Method
 from laco.methods.selector import Plan, Selector, Signals, cosines
 
@@ -20,19 +21,23 @@ class PruMerge(Selector):
     """The tokens whose attention is an outlier (above Q3 + 1.5 IQR), and one extra token of all that is left.
 
     Their number depends on the picture. Queries and keys are those of the *last* encoder layer, features those that the
-    language model reads.
+    language model reads. Where all tokens stay there is nothing to merge, and no extra token.
 
     Args:
-        keep: None = the number of outliers; a count or fraction fixes it.
-        grid: adds evenly spaced tokens, three times as many as outliers (PruMerge+).
+        keep: None = the number of outliers; a count or fraction fixes how many stay by attention.
+        grid: adds evenly spaced tokens, three times as many as those (PruMerge+), so that of a quarter nearly all stay.
     """
 
     name: ClassVar[str] = "prumerge"
     title: ClassVar[str] = "LLaVA-PruMerge"
     paper: ClassVar[str] = "LLaVA-PruMerge: Adaptive Token Reduction, ICCV 2025, arXiv 2403.15388"
     confirmed: ClassVar[str] = "outlier rule, order by attention, 32 neighbours by keys, extra token, grid of PruMerge+"
-    assumed: ClassVar[str] = "quartiles per picture (the reference: per batch); fewer neighbours in small pictures"
+    assumed: ClassVar[str] = (
+        "quartiles per picture (the reference: per batch); fewer neighbours in small pictures; attention received where"
+        " there is no CLS"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"features", "keys", "queries"})
+    looks_at: ClassVar = "last"
     applies_to: ClassVar = "features"
     static_count: ClassVar[bool] = False
     equivariant: ClassVar[bool] = False
@@ -48,33 +53,33 @@ class PruMerge(Selector):
 
     def plan(self, signals: Signals) -> Plan:
         attention_N, tokens = self.attention(signals), signals.grid.tokens
-        return self.at_ratio(signals, outlier_ratio(attention_N) if self.keep is None else self.budget(tokens) / tokens)
+        if self.keep is None:
+            return self.at_ratio(signals, ratio := outlier_ratio(attention_N), int(tokens * ratio))
+        return self.at_ratio(signals, (count := self.budget(tokens)) / tokens, count)
 
     def attention(self, signals: Signals) -> Tensor:
-        """(N,) attention of CLS to the patches."""
+        """(N,) attention of CLS to the patches, heads not split; without CLS what they receive from all."""
         assert signals.keys is not None
         assert signals.queries is not None
-        return cls_attention(signals.queries.flatten(1), signals.keys.flatten(1))[signals.prefix :]
+        q, k = (x.flatten(1)[None, None] for x in (signals.queries, signals.keys))
+        return (cls_rows(q, k)[0, 0] if signals.prefix else received(q, k)[0])[signals.prefix :]
 
-    def at_ratio(self, signals: Signals, ratio: float) -> Plan:
-        """The plan that keeps this fraction of the tokens by attention."""
+    def at_ratio(self, signals: Signals, ratio: float, count: int) -> Plan:
+        """The plan that keeps so many tokens by attention; `ratio`, what they are of all, gives the grid's step."""
         assert signals.keys is not None
         attention_N, prefix = self.attention(signals), signals.prefix
         tokens = len(attention_N)
-        kept = attention_N.argsort(descending=True, stable=True)[: int(tokens * ratio + 1e-9)]
+        kept = attention_N.argsort(descending=True, stable=True)[:count]
         if self.grid and len(kept):
             spaced = torch.arange(0, tokens - 1, max(1, int(1 / ratio) // 3), device=kept.device)
             kept = torch.cat([kept, spaced[~torch.isin(spaced, kept)]])
+        if len(kept) == tokens:
+            return Plan(prefix + torch.arange(tokens, device=kept.device))
         weights = merging_weights(attention_N, cosines(signals.keys[prefix:].flatten(1)), kept)
         weights = torch.cat([weights.new_zeros(len(weights), prefix), weights], dim=1)
         rest = attention_N.clone()
         rest[kept] = -torch.inf
         return Plan(torch.cat([kept, rest.argmax()[None]]) + prefix, weights)
-
-
-def cls_attention(queries_NC: Tensor, keys_NC: Tensor) -> Tensor:
-    """(1 + N,) softmax attention of the first token over all, heads not split."""
-    return (queries_NC[0].float() @ keys_NC.float().T / keys_NC.shape[-1] ** 0.5).softmax(dim=0)
 
 
 def outlier_ratio(attention: Tensor) -> float:

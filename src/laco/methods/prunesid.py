@@ -91,7 +91,7 @@ def group_quotas(sizes: list[int], survivors: list[int], total: int) -> list[int
     steps = (share.cumsum(0) * rest).round().long().diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
     counts = [min(base + step, limit) for base, step, limit in zip(low, steps, high, strict=True)]
     missing = total - 1 - sum(counts)
-    for group in sorted(range(len(counts)), key=lambda group: -survivors[group]):
+    for group in torch.tensor(survivors).argsort(descending=True).tolist():  # of equal ones as the reference has it
         added = min(high[group] - counts[group], max(0, missing))
         counts[group] += added
         missing -= added

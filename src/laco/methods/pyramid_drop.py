@@ -31,6 +31,7 @@ class PyramidDrop(ScoringMethod):
     )
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     attention_layer: ClassVar[Literal["last", "next"]] = "next"
+    reads_answers: ClassVar[bool] = True
     default_depths: ClassVar[tuple[float, ...]] = (1 / 4, 1 / 2, 3 / 4)
 
     keep: int | float | tuple[int | float, ...] = (1 / 2, 1 / 4, 1 / 8)

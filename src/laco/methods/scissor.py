@@ -51,11 +51,11 @@ class Scissor(Selector):
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
         x_FnD = signals.tokens.float().view(signals.grid.frames, -1, signals.tokens.shape[-1])
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.RandomState(self.seed)  # the reference's generator
 
         def sample(nodes: int) -> Tensor:
             looked_at = min(nodes, math.ceil(math.log(nodes) / self.error**2)) if nodes > 1 else nodes
-            return torch.from_numpy(rng.permutation(nodes)[:looked_at]).to(x_FnD.device)
+            return torch.from_numpy(rng.choice(nodes, looked_at, replace=False)).to(x_FnD.device)
 
         return merge(x_FnD, self.threshold, sample)[0]
 
@@ -66,7 +66,7 @@ def components(x_ND: Tensor, threshold: float, sampled: Tensor) -> Tensor:
     Only edges of `sampled` nodes are used; what they do not reach stays alone. A component's key is its member with the
     most neighbours, of equal ones the first.
     """
-    linked_NN = cosines(x_ND) > threshold
+    linked_NN = cosines(x_ND).clamp_(max=1) > threshold  # rounding makes that of equal tokens a little more than 1
     linked_NN.fill_diagonal_(True)
     used_NN = torch.zeros_like(linked_NN)
     used_NN[sampled] = linked_NN[sampled]

@@ -108,7 +108,10 @@ class Selector(Method):
 
     places: ClassVar[frozenset[Place]] = frozenset({"external"})
     trained: ClassVar[bool] = False
+    has_depth: ClassVar[bool] = False
     applies_to: ClassVar[Literal["tokens", "features"]] = "tokens"
+    # Whose queries and keys the method sees: the encoder layer's that the language model reads, or those of the last.
+    looks_at: ClassVar[Literal["read", "last"]] = "read"
     # Tokens in another order give the same choice: nothing depends on where in the sequence a token stands.
     equivariant: ClassVar[bool] = True
     # A still picture would stay as it is, so models refuse one.
@@ -119,7 +122,7 @@ class Selector(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep <= 0 or (isinstance(self.keep, float) and self.keep > 1):
+        if not self.keep > 0 or (isinstance(self.keep, float) and self.keep > 1):  # NaN is not above 0
             raise LacoError(
                 f"{self.name}: keep is a count of visual tokens, 1 or more, or a fraction in (0, 1]; got {self.keep}"
             )
@@ -136,6 +139,10 @@ class Selector(Method):
         if self.keep > tokens:
             raise LacoError(f"{self.name} cannot keep {self.keep} of {tokens} visual tokens")
         return self.keep
+
+    def left(self, tokens: int, prefix: int = 0) -> int:
+        """How many tokens the language model reads, of so many visual ones and an encoder's prefix tokens."""
+        return self.budget(tokens)
 
     def build(self, width: int) -> MergerModule | None:
         """What is trained, for rows of `width` channels (see `applies_to`); handed to `__call__`. None: nothing is."""

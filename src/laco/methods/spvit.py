@@ -83,7 +83,7 @@ class SPViT(Reducer):
 
     def loss(self, signals: list[Tensor], module: MergerModule | None, target: None) -> Tensor:
         """2 `ratio_loss` of the decisions (B, M) at each of the layers: of `training_loss` what needs no teacher."""
-        return 2 * ratio_loss(signals, self.targets)
+        return 2 * ratio_loss(signals, self.targets[: len(signals)])  # with `layer`, or in short encoders, fewer points
 
     def before_layer(
         self, x_BNC: Tensor, state: State, index: int, module: MergerModule | None = None
@@ -117,7 +117,8 @@ class SPViT(Reducer):
         weight_BN = dropped_BN * F.pad(soft_BN2[..., 0], (prefix, 0))
         package_BC = torch.einsum("bn,bnc->bc", weight_BN, at_least_float32(x_BNC).to(weight_BN.dtype))
         if not self.strict_reference:
-            package_BC = package_BC / (weight_BN.sum(dim=1, keepdim=True) + 1e-6)
+            weight_B1 = weight_BN.sum(dim=1, keepdim=True)
+            package_BC = package_BC / weight_B1.where(weight_B1 > 0, 1)  # of an empty one the gradient stays small, too
         place_BN = indices(x_BNC)
         heaviest_B1 = weight_BN.argmax(dim=1, keepdim=True)  # an empty package has the place of the first token
         merge = Merge(place_BN.where(dropped_BN < 0.5, tokens), torch.cat([place_BN, heaviest_B1], dim=1))
@@ -165,9 +166,9 @@ class MultiheadSelector(MergerModule):
         super().__init__()
         self.heads = heads_for(width, heads, usual=max(width // 64, 1))
         size = width // self.heads
-        if size % 4:
+        if size % 2 or size < 4:
             raise LacoError(
-                f"spvit: {self.heads} heads of the selector have {size} channels each; give a multiple of 4"
+                f"spvit: {self.heads} heads of the selector have {size} channels each; give an even number, 4 or more"
             )
         hidden = max(self.heads // 2, 1)
         self.head_weight = nn.Sequential(

@@ -17,6 +17,7 @@ class VCast(Selector):
 
     Args:
         temperature: of the softmax over frames.
+        at_least: tokens that stay of each frame.
         strict_reference: what rounding leaves over goes to one frame until it is full, then to the next, because the
             reference does not take that frame off its list. By default the frames with the largest remainders get
             one each.
@@ -30,12 +31,16 @@ class VCast(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     temperature: float = 0.7
+    at_least: int = 1
     strict_reference: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise LacoError(f"v_cast: temperature must be above 0; got {self.temperature}")
+        if self.temperature <= 0 or self.at_least < 0:
+            raise LacoError(
+                "v_cast: temperature must be above 0 and at_least 0 or more;"
+                f" got {self.temperature} and {self.at_least}"
+            )
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
@@ -43,7 +48,7 @@ class VCast(Selector):
         x_FnD = signals.tokens.float().view(frames, size, -1)
         means_FD = normalize(x_FnD.mean(dim=1), dim=-1)
         share_F = (curvature(means_FD) / self.temperature).softmax(dim=0)
-        counts = allocate(share_F, self.budget(frames * size), size, self.strict_reference)
+        counts = allocate(share_F, self.budget(frames * size), size, self.at_least, self.strict_reference)
         score_Fn = distinct(x_FnD, means_FD)
         order_Fn = score_Fn.argsort(dim=1, descending=True, stable=True)
         chosen = [frame * size + order_Fn[frame, :count].sort().values for frame, count in enumerate(counts)]
@@ -66,10 +71,11 @@ def distinct(x_FnD: Tensor, means_FD: Tensor) -> Tensor:
     return far_Fn + (norm_Fn - low) / (high - low).clamp(min=1e-12)
 
 
-def allocate(share_F: Tensor, total: int, size: int, strict_reference: bool) -> list[int]:
-    """Splits `total` tokens over frames of `size`: one for each, the others by their shares, at most all of a frame."""
-    total = max(total, len(share_F))
-    ideal = [1 + (total - len(share_F)) * share for share in share_F.tolist()]
+def allocate(share_F: Tensor, total: int, size: int, least: int, strict_reference: bool) -> list[int]:
+    """Splits `total` tokens over frames of `size`: `least` for each, the others by shares, at most all of a frame."""
+    least = min(least, size)
+    total = max(total, least * len(share_F))
+    ideal = [least + (total - least * len(share_F)) * share for share in share_F.tolist()]
     counts = [min(int(value), size) for value in ideal]
     remainder = [value % 1 for value in ideal]
     for _ in range(total - sum(counts)):

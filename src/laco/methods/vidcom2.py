@@ -22,6 +22,7 @@ class VidCom2(Selector):
 
     Args:
         temperature: of the softmax over frames.
+        strict_reference: frames like the video lose tokens at keep = 1.0, too.
     """
 
     name: ClassVar[str] = "vidcom2"
@@ -32,6 +33,7 @@ class VidCom2(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     temperature: float = 0.01
+    strict_reference: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +54,9 @@ class VidCom2(Selector):
         rate = self.keep if isinstance(self.keep, float) else self.budget(in_video_Fn.numel()) / in_video_Fn.numel()
         unusual_F = -in_video_Fn.mean(dim=1)
         share_F = ((unusual_F - unusual_F.max()) / self.temperature).softmax(dim=0)
-        return (rate * (1 + share_F - share_F.mean())).clamp(max=1) if rate < 1 else torch.ones_like(share_F)
+        if rate == 1 and not self.strict_reference:
+            return torch.ones_like(share_F)
+        return (rate * (1 + share_F - share_F.mean())).clamp(max=1)
 
 
 def centrality(x_FnD: Tensor) -> tuple[Tensor, Tensor]:

@@ -261,7 +261,7 @@ def glimpseprune_vip(case: Case) -> Outputs:
     head.load_state_dict(state)
     ratio = hyper["max_remain_ratio"]
     method = GlimpsePrune(
-        keep=1.0 if ratio is None else float(ratio), threshold=hyper["threshold"], at_least=hyper["min_remain"]
+        keep=1.0 if ratio is None else float(ratio), threshold=hyper["threshold"], at_least=hyper["min_remain"] or 0
     )
     logits = head(case["attn"], maps, grids)
     return {"logits": logits, "keep": method.stays(logits, grids)}

@@ -1,5 +1,6 @@
 """Selectors behind the vision encoder."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -76,7 +77,7 @@ def mmtok(case: Case) -> Outputs:
 def evs(case: Case) -> Outputs:
     frames, height, width = case.hyper["grid"]
     grid = Grid(frames, height // case.hyper["merge"], width // case.hyper["merge"])
-    method = EVS(keep=1 - case.hyper["q"])
+    method = EVS(keep=float(1 - case.hyper["q"]))
     return {"kept": method(Signals(grid=grid, tokens=case["x"])).kept, "mrope": media_positions(grid, 2, 1)}
 
 
@@ -88,7 +89,7 @@ def vispruner(case: Case) -> Outputs:
 def vidcom2(case: Case) -> Outputs:
     size = case.hyper["n"]
     grid = Grid(len(case["x"]) // size, 1, size)
-    method = VidCom2(keep=case.hyper["R"], temperature=case.hyper["temperature"])
+    method = VidCom2(keep=case.hyper["R"], temperature=case.hyper["temperature"], strict_reference=True)
     kept = method(Signals(grid=grid, tokens=case["x"])).kept
     in_video, _ = centrality(case["x"].view(grid.frames, size, -1))
     return {
@@ -105,7 +106,9 @@ def vidcom2_newline_map(case: Case) -> Outputs:
 def vcast(case: Case) -> Outputs:
     x = case["x"]
     frames, size = x.shape[:2]
-    method = VCast(keep=case.hyper["ratio"], temperature=case.hyper["tau"], strict_reference=True)
+    method = VCast(
+        keep=case.hyper["ratio"], temperature=case.hyper["tau"], at_least=case.hyper["min_k"], strict_reference=True
+    )
     kept = method(Signals(grid=Grid(frames, 1, size), tokens=x.flatten(0, 1))).kept
     bend = curvature(normalize(x.mean(dim=1), dim=-1))
     return {"kept": kept, "per_frame": (kept // size).bincount(minlength=frames), "curvature": bend}
@@ -142,13 +145,13 @@ def visionzip(case: Case) -> Outputs:
 
 def prumerge(case: Case) -> Outputs:
     method, rows = (
-        PruMerge(grid=case.hyper["grid_step"] is not None),
+        PruMerge(grid=case.hyper.get("grid_step") is not None),
         zip(case["hidden"], case["q"], case["k"], strict=True),
     )
     pictures = [Signals(grid=line(len(x) - 1), features=x, queries=q[:, None], keys=k[:, None]) for x, q, k in rows]
     # The reference takes the quartiles over the whole batch.
     ratio = outlier_ratio(torch.cat([method.attention(signals) for signals in pictures]))
-    plans = [method.at_ratio(signals, ratio) for signals in pictures]
+    plans = [method.at_ratio(signals, ratio, int(ratio * signals.grid.tokens)) for signals in pictures]
     return {
         "y": torch.stack([plan(x) for plan, x in zip(plans, case["hidden"], strict=True)]),
         "kept": torch.stack([plan.kept[:-1] - 1 for plan in plans]),
@@ -173,12 +176,12 @@ def prunesid(case: Case) -> Outputs:
 
 
 def llava_scissor(case: Case) -> Outputs:
-    drawn = iter(
-        case[name].long() for name in sorted(case.arrays, key=lambda n: (len(n), n)) if name.startswith("sampled")
-    )
-    plan, spatial, temporal, assigned = merge(
-        case["x"], case.hyper["tau"], lambda nodes: next(drawn, torch.arange(nodes))
-    )
+    graphs = itertools.count()
+
+    def sample(nodes: int) -> torch.Tensor:
+        return case.arrays.get(f"sampled{next(graphs)}", torch.arange(nodes)).long()
+
+    plan, spatial, temporal, assigned = merge(case["x"], case.hyper["tau"], sample)
     y = plan(case["x"].flatten(0, 1))
     return {"y": y, "temporal_components": temporal, "assign": assigned, "spatial_components": spatial}
 

@@ -76,12 +76,16 @@ class PackedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         if (factor := self.block // self.side) > 1:
-            cu_seqlens = cu_seqlens // factor**2
+            cu_seqlens = self.bounds(cu_seqlens)
             if kwargs.get("max_seqlen") is not None:
                 kwargs["max_seqlen"] = kwargs["max_seqlen"] // factor**2
             assert position_embeddings is not None
             position_embeddings = self.angles(position_embeddings)
         return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+
+    def bounds(self, cu_seqlens: Tensor) -> Tensor:
+        """Where parts that attend to themselves begin and end, counted in patches -> in tokens that come in."""
+        return cu_seqlens // (self.block // self.side) ** 2
 
     def angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all patches, each (N, d) -> of the tokens that come in."""

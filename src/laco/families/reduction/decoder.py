@@ -22,7 +22,7 @@ from laco.errors import LacoError
 from laco.families.reduction.ahead import run_up_to
 from laco.families.reduction.beside import BringsToken, TokenBeside
 from laco.families.reduction.cache import ReducedCacheLayer
-from laco.families.reduction.kept import Entry, Kept, kept_mask
+from laco.families.reduction.kept import Entry, Kept, kept_mask, renumbered
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.projections import at, queries_keys
 from laco.families.reduction.prompt import Prompt, Shown
@@ -120,6 +120,7 @@ class Run:
         self.masks: dict[int, Any] = {}
         self.before: Tensor | None = None
         self.tables: dict[str, Any] = {}
+        self.entry_moved_B, self.places = entered.moved_B, dict[int, tuple[Tensor, Tensor]]()
         self.memory: dict[int, Any] = {}
         self.original: list[int] = []
         self.observed: set[int] = set()
@@ -147,9 +148,13 @@ class Run:
         """How many points lie before a layer."""
         return sum(point <= number for point in self.points)
 
+    def kept_after(self, stage: int) -> Kept:
+        """What is left after so many points."""
+        return self.kept[min(stage, len(self.kept) - 1)]
+
     def kept_at(self, number: int) -> Kept:
         """What a layer computes; of one past the last, what the language model puts out."""
-        return self.kept[min(self.stage(number), len(self.kept) - 1)]
+        return self.kept_after(self.stage(number))
 
     def observes(self, number: int) -> bool:
         return (
@@ -218,20 +223,51 @@ class Run:
         stage = self.stage(number)
         if not stage and self.seen_BKK is None:
             return x_BKD, kwargs
-        kept = self.kept_at(number)
-        return x_BKD, {**kwargs, **self.narrowed(kept, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
+        return x_BKD, {**kwargs, **self.narrowed(stage, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
 
-    def narrowed(self, kept: Kept, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions and rotary tables of some of the tokens that entered the model."""
-        if kept is self.kept[0]:
+    def narrowed(self, stage: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions and rotary tables of the tokens that are left after so many points."""
+        if stage and self.method.positions == "renumber":
+            place, _ = self.placed_at(stage)
+            axes = place[-3:] if place.ndim > 2 else place  # of M-RoPE; a plain position may stand before them
+            out = {"position_embeddings": self.model.rotary_emb(kwargs["position_embeddings"][0], axes)}
+            if kwargs.get("position_ids") is not None:  # one for each token
+                out["position_ids"] = place.view(-1, *place.shape[-2:])[0]
+            return out
+        if (kept := self.kept_after(stage)) is self.kept[0]:
             return {}
-        slot_BK = self.kept[0].slots(kept.columns_BK)
-        out: dict[str, Any] = {}
+        slot_BK, out = self.kept[0].slots(kept.columns_BK), {}
         if (positions := kwargs.get("position_ids")) is not None:
             out["position_ids"] = pick(positions[..., None], slot_BK)[..., 0]
         if (tables := kwargs.get("position_embeddings")) is not None:
             out["position_embeddings"] = tuple(pick(table, slot_BK) for table in tables)
         return out
+
+    def placed_at(self, stage: int) -> tuple[Tensor, Tensor]:
+        """After so many points: positions, (B, K) or (3 or 4, B, K); by how much a later token's are lower, (B,)."""
+        if stage not in self.places:
+            kept = self.kept_after(stage)
+            before_B = self.moved_before(stage)
+            given = pick(self.position_ids[..., None], self.kept[0].slots(kept.columns_BK))[..., 0]
+            now = given - before_B[:, None]
+            if stage and self.prompt is not None and self.method.positions == "renumber":
+                by_token = renumbered(now.movedim(-2, 0).movedim(-1, 1), kept.real_BK)
+                now = by_token.movedim(1, -1).movedim(0, -2)
+            moved_BK = (given - now).view(-1, *given.shape[-2:])[-1]  # of M-RoPE any axis
+            self.places[stage] = now, self.entry_moved_B + moved_BK[:, -1]
+        return self.places[stage]
+
+    def moved_at(self, number: int) -> Tensor:
+        """(B,) by how much positions of later tokens are lower than in the full sequence, in a layer."""
+        return self.placed_at(self.stage(number))[1]
+
+    def moved_before(self, stage: int) -> Tensor:
+        """(B,) by how much positions behind a point are lower than before the first, for what was read before."""
+        layers = [] if self.past is None or not stage else self.past.layers
+        if layers and isinstance(first := layers[0], ReducedCacheLayer):
+            behind: Any = layers[self.points[stage - 1]]
+            return behind.moved_B - first.moved_B
+        return torch.zeros_like(self.entry_moved_B)
 
     def mask_of(self, stage: int, number: int, x_BKD: Tensor) -> Any:
         """The mask of a layer in the form that its attention takes; all layers between two points share it."""
@@ -273,7 +309,9 @@ class Run:
         """(L,) the slots of a sample that hold its prompt, and (N,) which of those are visual."""
         assert self.prompt is not None
         columns_K = kept.columns_BK[row]
-        there_K = (columns_K >= 0) & (columns_K < self.prompt.end_B[row]) & self.prompt.real_BL[row, columns_K]
+        there_K = (columns_K >= 0) & self.prompt.real_BL[row, columns_K]
+        if not self.method.reads_answers:
+            there_K &= columns_K < self.prompt.end_B[row]
         slots = there_K.nonzero().flatten()
         return slots, self.visual_BL[row, columns_K[slots]].nonzero().flatten()
 
@@ -324,12 +362,13 @@ class Run:
 
         A token of its own comes last among queries and keys.
         """
-        kept, method = self.kept[stage], self.method
+        method = self.method
         hidden_LD, shown_here = x_BKD[row, slots], self.shown[row] if self.shown else []
         assert self.before is not None
+        assert self.prompt is not None
         last = method.attention_layer == "last"
         layer = self.layers[number - 1 if last else number]
-        tables: tuple[Tensor, Tensor] = (self.tables | self.narrowed(kept, self.tables))["position_embeddings"]
+        tables: tuple[Tensor, Tensor] = (self.tables | self.narrowed(stage, self.tables))["position_embeddings"]
         cos, sin = (at(table, row)[..., slots, :] for table in tables)
         rotary = (cos, sin) if cos.ndim == 2 else (cos[0], sin[0])  # of M-RoPE in three tables, that of time
         read_LD = self.before[row, slots] if last else hidden_LD
@@ -342,9 +381,12 @@ class Run:
             )
         q_HLd, k_GLd = queries_keys(layer, read_LD, cos, sin)
         maps = tuple(torch.cat(level) for level in zip(*(shown.maps for shown in shown_here), strict=True))
+        said_L = self.prompt.said_BL[row, self.kept[stage].columns_BK[row, slots]]
+        answers = (said_L & ~said_L.roll(1)).nonzero().flatten()
         signals = DecoderSignals(
             visual=visual,
             length=len(read_LD),
+            answers=answers if len(answers) else None,
             trailing=len(read_LD) - len(slots),
             maps=maps or None,
             grids=tuple(view.grid for shown in shown_here for view in shown.views) or None,

@@ -48,8 +48,8 @@ class ReducedLanguageModel(PreTrainedModel):
 
     @property
     def positions(self) -> Positions:
-        """Of what stays: as in the full sequence, or counted anew."""
-        return next((method.positions for method in (self.selector, self.method) if method is not None), "keep")
+        """Of what enters the first layer: as in the full sequence, or counted anew."""
+        return "keep" if self.selector is None else self.selector.positions
 
     def trained_module(self, kind: str) -> MergerModule | None:
         """What a method of this kind trains."""
@@ -122,7 +122,8 @@ class ReducedLanguageModel(PreTrainedModel):
             reduce_cache(outputs.past_key_values, batch, read, keep_BL.device)
             for index, layer in enumerate(outputs.past_key_values.layers):
                 there = kept if run is None else run.kept_at(index)
-                layer.extend(torch.where(there.real_BK, there.columns_BK + read, -1), read + length, moved_B)
+                columns_BK = torch.where(there.real_BK, there.columns_BK + read, -1)
+                layer.extend(columns_BK, read + length, moved_B if run is None else run.moved_at(index))
                 if there is not end and self.method is not None and self.method.rewrites_cache:
                     columns_BK = torch.where(end.real_BK, end.columns_BK + read, -1)
                     layer.keep_of_newest(there.slots(end.columns_BK), columns_BK, there.columns_BK.shape[1])

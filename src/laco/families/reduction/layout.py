@@ -40,7 +40,7 @@ def laid_out(tokens_nD: Tensor, choices: Sequence[Choice], project: Callable[[Te
         if features is not None and project is not None:  # CLS, where it is kept, takes the first place that is free
             place[(~own).nonzero().flatten()[: len(free)]] = free
             shown[(~own).nonzero().flatten()[: len(free)]] = True
-        if plan.weights is None and bool(own.all()):
+        if plan.weights is None and bool(own[shown].all()):
             values = tokens_nD[place]
         elif features is not None and project is not None:
             values = project(plan(features))

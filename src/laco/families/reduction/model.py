@@ -122,7 +122,9 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             needed.add("features")
         taps = needed & FROM_ENCODER
         with ExitStack() as stack:
-            tap = stack.enter_context(tapped(pictures.read_layer(self, inputs))) if taps else None
+            read = stack.enter_context(tapped(pictures.read_layer(self, inputs))) if taps else None
+            last = selector is not None and selector.looks_at == "last"
+            tap = stack.enter_context(tapped(pictures.last_layer(self))) if taps and last else read
             map_taps = [stack.enter_context(tapped(layer)) for layer in mapped]
             stack.enter_context(within(PASSING, True))
             outputs = run(*args, **kwargs, return_dict=True)
@@ -139,13 +141,19 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             if (prompt := PROMPT.get()) is not None:
                 prompt.encoded.append(outputs.encoded)
             return outputs.to_tuple() if as_dict is False else outputs
-        fields = from_encoder(pictures, self, tap, len(tokens), inputs, video, taps) if tap else [{} for _ in tokens]
+        fields: list[dict[str, Rows]] = [{} for _ in tokens]
+        if read and tap:
+            fields = from_encoder(pictures, self, read, tap, len(tokens), inputs, video, taps)
         owners = self.owners(tokens, video) if "text" in needed else [None] * len(tokens)
+        projects = pictures.projects_tokens(self) and not video
         choices = [
-            [self.choice(selector, *parts, rows, field, owner) for parts in zip(own, starts(own), strict=True)]
+            [
+                self.choice(selector, *parts, rows, field, owner, projects)
+                for parts in zip(own, starts(own), strict=True)
+            ]
             for own, rows, field, owner in zip(views, tokens, fields, owners, strict=True)
         ]
-        project = (lambda x: pictures.project(self, x)) if pictures.by_token and not video else None
+        project = (lambda x: pictures.project(self, x)) if projects else None
         outputs.pooler_output = pictures.like(
             [laid_out(rows, own, project) for rows, own in zip(tokens, choices, strict=True)], outputs.pooler_output
         )
@@ -177,8 +185,12 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         tokens: Tensor,
         fields: Mapping[str, Rows],
         owner: tuple[Prompt, int] | None,
+        projects: bool,
     ) -> Choice:
-        """What the selector leaves of a view, which begins at row `first` of what the encoder gave."""
+        """What the selector leaves of a view, which begins at row `first` of what the encoder gave.
+
+        `projects`: whether features, those of prefix tokens too, can be mapped to what the language model reads.
+        """
         if selector.video_only and view.grid.frames == 1:
             raise LacoError(
                 f"{selector.name} compares frames of videos and would leave a still picture as it is; take another"
@@ -189,6 +201,10 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             seen["cls_attention"] = seen["cls_attention"][prefix:].T
         if "received" in seen:
             seen["received"] = seen["received"][:, 0]
+        if not projects and "queries" not in seen:
+            # CLS cannot stay, so it must not count as a token that does; methods with queries work out its attention.
+            seen |= {name: seen[name][prefix:] for name in ("features", "keys") if name in seen}
+            prefix = 0
         text = None if owner is None else owner[0].text(owner[1]).detach()
         if text is not None and not len(text):
             raise LacoError(f"{selector.name} needs text, but the prompt has none beside its pictures")

@@ -14,8 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from laco.families.connector import Connector
 from laco.families.encoders import encoder_of
-from laco.grid import Grid
+from laco.families.encoders.base import MergingLayer
+from laco.grid import Grid, pool_map
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Pictures:
     `get_image_features`, or of `get_video_features` where `video`.
     """
 
-    # The projector maps every token by itself, so that tokens may be merged before it.
+    # The family's own projector maps every token by itself, so that tokens may be merged before it.
     by_token = True
 
     def encoder(self, body: Any) -> Any:
@@ -48,6 +50,10 @@ class Pictures:
     def projector(self, body: Any) -> Any:
         """What maps features of the encoder, token by token, to what the language model reads."""
         return body.multi_modal_projector
+
+    def projects_tokens(self, body: Any) -> bool:
+        """Whether the projector that is there maps every token by itself."""
+        return self.by_token and not isinstance(self.projector(body), Connector)
 
     def project(self, body: Any, x_NC: Tensor) -> Tensor:
         return self.projector(body)(x_NC)
@@ -75,9 +81,20 @@ class Pictures:
         last = read if isinstance(read, int) else read[-1]
         return layers[last % (len(layers) + 1) - 1]
 
-    def attending(self, kwargs: Mapping[str, Any] | None) -> list[int] | None:
-        """Lengths of the parts of a packed sequence that attend to themselves alone; None where nothing is packed."""
+    def last_layer(self, body: Any) -> Any:
+        """The encoder's last layer, also where the projector reads one before."""
+        encoder = self.encoder(body)
+        return encoder_of(encoder.config).layers(encoder)[-1]
+
+    def attending(self, layer: Any, kwargs: Mapping[str, Any]) -> list[int] | None:
+        """Lengths of the parts of a packed sequence that attend to themselves alone in a layer, which is called like
+        this; None where nothing is packed.
+        """
         return None
+
+    def merged(self, part: Any, x_TNC: Tensor) -> Tensor:
+        """Values of tokens that enter a layer or the projector -> means of the windows that it merges, if it does."""
+        return pooled(x_TNC, part.factor, part.odd) if isinstance(part, MergingLayer | Connector) else x_TNC
 
     def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
         """The views of each picture, which has so many rows. What is in none of them is a line break or the like."""
@@ -98,8 +115,7 @@ def square_view(length: int, first: int = 0) -> View:
     return View(torch.arange(extra, length) + first, Grid(1, side, side))
 
 
-def pooled(x_TNC: Tensor, factor: int) -> Tensor:
-    """(T, N, C) of a square grid -> the mean of every window: what a connector joins."""
-    side = math.isqrt(x_TNC.shape[1])
-    windows = rearrange(x_TNC, "t (h i w j) c -> t (h w) (i j) c", i=factor, j=factor, h=side // factor)
-    return windows.mean(dim=2)
+def pooled(x_TNC: Tensor, factor: int, odd: str = "error") -> Tensor:
+    """(T, N, C) of a square grid -> the mean of every window: what a connector joins, or a merger merges."""
+    x_THWC = rearrange(x_TNC, "t (h w) c -> t h w c", h=math.isqrt(x_TNC.shape[1]))
+    return pool_map(x_THWC, factor, odd).flatten(1, 2)

@@ -19,7 +19,7 @@ FROM_ENCODER = {"features", "keys", "queries", "cls_attention"}
 
 @dataclass
 class Tap:
-    """The layer whose output the projector reads: its input, its other arguments, its output; (T, P + N, C)."""
+    """A layer of the encoder: its input, its other arguments, its output; (T, P + N, C)."""
 
     layer: Any
     entered: Tensor | None = None
@@ -67,15 +67,30 @@ def rows_of(
     prefix, tiles = encoder_of(config).prefix(config), pictures.tiles(body, count, inputs, video)
     x_TSC = x_TSC if x_TSC.ndim == 3 else x_TSC[None]  # of a packed sequence
     heads = [part[:, :prefix].mean(dim=0) for part in x_TSC.split(tiles)] if prefix else [x_TSC[0, :0]] * count
-    return list(map(Rows, heads, pictures.gathered(body, x_TSC[:, prefix:], inputs, video)))
+    x_TNC = x_TSC[:, prefix:]
+    if pictures.by_token:  # a merger may stand in the place of the projector
+        x_TNC = pictures.merged(pictures.projector(body), x_TNC)
+    return list(map(Rows, heads, pictures.gathered(body, x_TNC, inputs, video)))
 
 
 def from_encoder(
-    pictures: Pictures, body: Any, tap: Tap, count: int, inputs: Mapping[str, Any], video: bool, needs: Set[str]
+    pictures: Pictures,
+    body: Any,
+    read: Tap,
+    tap: Tap,
+    count: int,
+    inputs: Mapping[str, Any],
+    video: bool,
+    needs: Set[str],
 ) -> list[dict[str, Rows]]:
     """The fields of `Signals` that come from the encoder, for each of `count` pictures.
 
-    Attention stands by tokens, (n, H). Prefix tokens of a picture in tiles are the mean of its tiles'.
+    Attention stands by tokens, (n, H). Prefix tokens of a picture in tiles are the mean of its tiles'. Where tokens are
+    merged behind the attention, its queries, keys and values of attention are the means of the windows.
+
+    Args:
+        read: the layer whose output the projector reads.
+        tap: the layer of queries, keys and attention.
     """
     from laco.attention import cls_rows, received
 
@@ -86,24 +101,29 @@ def from_encoder(
     def spread(x_TSC: Tensor) -> list[Rows]:
         return rows_of(pictures, body, x_TSC, count, inputs, video)
 
+    def spread_entered(x_TSC: Tensor) -> list[Rows]:
+        """The same of values of the tokens inside the layer `tap`, which may merge them when it puts them out."""
+        merged_TNC = pictures.merged(tap.layer, x_TSC[:, prefix:])
+        return spread(torch.cat([x_TSC[:, :prefix], merged_TNC], dim=1))
+
     assert tap.entered is not None
-    assert tap.put_out is not None
+    assert read.put_out is not None
     fields: dict[str, list[Rows]] = {}
     if "features" in needs:
-        fields["features"] = spread(tap.put_out)
+        fields["features"] = spread(read.put_out)
     if needs & {"keys", "queries", "cls_attention"}:
         with torch.no_grad():
             q, k = kind.queries_keys(tap.layer, tap.entered, tap.kwargs)
         for name, x in (("keys", k), ("queries", q)):
             if name in needs:
-                both = spread(rearrange(x, "t h s d -> t s (h d)"))
+                both = spread_entered(rearrange(x, "t h s d -> t s (h d)"))
                 fields[name] = [Rows(*(part.unflatten(-1, (x.shape[1], -1)) for part in rows)) for rows in both]
         if "cls_attention" in needs and prefix:
-            fields["cls_attention"] = spread(rearrange(cls_rows(q, k), "t h s -> t s h"))
+            fields["cls_attention"] = spread_entered(rearrange(cls_rows(q, k), "t h s -> t s h"))
         elif "cls_attention" in needs:
-            lengths = pictures.attending(tap.kwargs)
+            lengths = pictures.attending(tap.layer, tap.kwargs)
             parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), strict=True) if lengths else [(q, k)]
-            fields["received"] = spread(torch.cat([received(*part) for part in parts], dim=1)[..., None])
+            fields["received"] = spread_entered(torch.cat([received(*part) for part in parts], dim=1)[..., None])
     return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
 
