@@ -5,7 +5,9 @@ import torch
 
 import laco
 import tiny
+from conftest import TEMPLATE
 from laco.ask import ask, uncompressed_processor
+from laco.errors import LacoError
 from laco.evaluate.generation import encode, greedy
 
 
@@ -50,6 +52,21 @@ def test_a_video(method):
     asked = ask(model, processor, frames, "what?", video=True, max_new_tokens=4)
     assert asked.visual_tokens < 24
     assert asked.visual_tokens_before == 28
+
+
+@pytest.mark.parametrize("placeholder", ["<image>", "<video>"])
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_question_with_a_placeholder_is_refused(placeholder, template):
+    model, processor = tiny.llava_onevision()
+    processor.chat_template = template
+    with pytest.raises(LacoError, match=f"the question 'what {placeholder}\\?' has {placeholder} in it"):
+        ask(model, processor, [tiny.picture()], f"what {placeholder}?")
+
+
+def test_frames_of_several_sizes_are_refused():
+    frames = [tiny.picture(0, 48, 48), tiny.picture(1, 60, 48)]
+    with pytest.raises(LacoError, match="the frames of a video have one size; got 48x48 and 48x60 pixels"):
+        ask(*tiny.llava_onevision(), frames, "what?", video=True)
 
 
 def test_uncompressed_processor_leaves_the_other_alone(talker):

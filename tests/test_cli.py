@@ -141,11 +141,58 @@ def test_compress_does_not_overwrite_unless_forced(run, refused, talker_director
         (["--set", "hidden=many"], "laco cannot have hidden=many"),
         (["--set", "odd=maybe"], "laco cannot have odd=maybe"),
         (["--set", "odd"], "--set takes KEY=VALUE"),
+        (["--method", "tome", "--set", "r=3,x"], "tome cannot have r=3,x"),
+        (["--method", "tome", "--set", "r=[3"], "several values are given as [a,b] or a,b; got '[3'"),
+        (["--method", "div_prune", "--set", "keep=37"], "div_prune cannot keep 37 of 36 visual tokens"),
+        (["--method", "fastv", "--layer", "1", "--set", "keep=37"], "fastv cannot keep 37 of 36 visual tokens"),
+        (["--method", "div_prune", "--set", "keep=nan"], "keep is a count of visual tokens, 1 or more"),
+        (["--method", "fastv", "--set", "keep=nan"], "keep has counts of visual tokens, 1 or more"),
+        (
+            ["--method", "div_prune", "--depth", "1/4"],
+            "div_prune stands behind the vision encoder, so it takes",
+        ),
+        (["--method", "div_prune", "--layer", "99"], "div_prune stands behind the vision encoder, so it takes"),
+        (["--method", "div_prune", "--set", "kep=1"], "div_prune has no setting 'kep'; it has keep, positions\n"),
+        (["--method", "fastv", "--layer", "0"], "layer counts the layers that run before compressing, so 1 or more"),
+        (["--method", "evs"], "evs compares frames of videos, which this model does not take"),
     ],
 )
 def test_bad_settings(refused, talker_directory, tmp_path, options, sentence):
     assert sentence in refused("compress", talker_directory, "-o", tmp_path / "small", *options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "value"),
+    [
+        ("tome", "r=3,4", [3, 4]),
+        ("tome", "r=[3, 4]", [3, 4]),
+        ("tome", "r=3", 3),
+        ("sparsevlm", "keep=0.5,18,0.125", [0.5, 18, 0.125]),
+        ("sparsevlm", "depths=[0.25]", [0.25]),
+        ("spvit", "targets=[0.5, 0.25]", [0.5, 0.25]),
+    ],
+)
+def test_settings_of_several_values(method, text, value):
+    given = [text, "keep=[0.5]"] if text.startswith("depths") else [text]
+    made = cli.make_method(method, {}, given)
+    name = text.partition("=")[0]
+    found = getattr(made, name)
+    assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_methods_for_videos_say_so(run, talker_directory, tmp_path):
+    laco.save_pretrained(*tiny.llava_onevision(), tmp_path / "video")
+    code, out, err = run("compress", tmp_path / "video", "-o", tmp_path / "small", "--method", "evs")
+    assert code == 0, err
+    assert "EVS: fewer visual tokens for a video, pictures are refused, +0 parameters" in out
+    code, out, _ = run("compress", tmp_path / "video", "-o", tmp_path / "json", "--method", "evs", "--json")
+    assert json.loads(out)["visual_tokens"] is None
+    # A count above what one picture has may be meant for the frames of a video.
+    arguments = ("--method", "div_prune", "--set", "keep=72")
+    code, out, err = run("compress", tmp_path / "video", "-o", tmp_path / "many", *arguments)
+    assert code == 0, err
+    assert "36 → fewer visual tokens" in out
 
 
 def test_compressing_twice_at_the_same_place(run, refused, talker_directory, tmp_path):
@@ -222,6 +269,25 @@ def test_bad_lines(refused, talker_directory, tmp_path, picture, line, sentence)
 def test_missing_data_says_how_to_point_to_some(refused, talker_directory, tmp_path):
     err = refused("eval", talker_directory, "--data", tmp_path / "nowhere")
     assert "name a .jsonl file, a directory that holds one" in err
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(refused, talker_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda model: pytest.fail("a model was loaded"))
+    assert "is a directory; give the name of a file" in refused("eval", talker_directory, "--json", tmp_path)
+    (tmp_path / "s.yaml").write_text(f"output: out\nmodel: {talker_directory}\nbudgets: [0.5]\n")
+    assert "is a directory; give the name of a file" in refused("study", tmp_path / "s.yaml", "--page", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys", ["model: models/typo", "model: {m}\ndistill: {{teacher: models/typo}}", "new: {{weights: models/typo}}"]
+)
+def test_models_of_a_recipe_that_are_not_there(refused, talker_directory, tmp_path, monkeypatch, keys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    keys = keys.format(m=talker_directory)
+    (tmp_path / "r.yaml").write_text(f"output: out\n{keys}\nstages: [{{name: a, steps: 1, lr: 1}}]\n")
+    assert "there is no model directory models/typo" in refused("train", "r.yaml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "r.yaml"]
 
 
 def test_bad_recipes(refused, tmp_path):

@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 import laco
+import tiny
 from laco import cli
 from laco.cost import Ratio
 from laco.data import Sample
@@ -31,7 +32,7 @@ from laco.study.measure import Cost, peak_bytes, scoring_ms
 from laco.study.page import as_csv, as_markdown, remarks
 from laco.study.plan import Case, listing, make_plan
 from laco.study.plot import accuracy_against_time, front
-from laco.study.recipe import factors, load_study, parse_study
+from laco.study.recipe import BASELINES, factors, load_study, parse_study
 from laco.study.results import Line, StudyResults, make_lines, verdicts
 from laco.study.run import run
 
@@ -41,6 +42,9 @@ BUDGETS = [0.5, 0.25, 0.11, 0.06]
 
 def recipe(model: Path | str = "nowhere", **keys: Any) -> dict[str, Any]:
     return {"output": "out", "model": str(model), "budgets": [0.25], **keys}
+
+
+TWICE = {"method": "div_prune", "budgets": "keep"}
 
 
 @pytest.mark.parametrize(
@@ -59,12 +63,27 @@ def recipe(model: Path | str = "nowhere", **keys: Any) -> dict[str, Any]:
         ({"heal": {"budgets": [0.1]}}, "heal names the budget 0.1"),
         ({"budgets": [0.0]}, "between 0 and 1; got 0"),
         ({"rows": [{"budgets": "keep"}]}, "rows.0.method: field required"),
+        ({"seeds": [0, 1, 0]}, "seeds have 0 twice; give each once"),
+        ({"budgets": [0.25, 0.5, 0.25001]}, "budgets have 25 % twice; give each once"),
+        (
+            {"rows": [TWICE, {**TWICE, "positions": "renumber"}]},
+            "a row and another row are both called 'div_prune'; give",
+        ),
+        ({"rows": [TWICE, {**TWICE, "name": "Div prune"}]}, "a row and another row are both called 'Div prune'"),
+        ({"rows": [{**TWICE, "name": "random"}]}, "a row and a baseline are both called 'random'; give the row a name"),
+        ({"rows": [{**TWICE, "name": "none"}]}, "a row and a baseline are both called 'none'"),
     ],
 )
 def test_mistakes_in_a_recipe_are_one_sentence(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(LacoError, match=message) as error:
         parse_study({**recipe(), **keys})
     assert "\n" not in str(error.value)
+
+
+def test_rows_that_a_name_tells_apart_and_the_baselines(talker_directory: Path) -> None:
+    rows = [TWICE, {**TWICE, "positions": "renumber", "name": "renumbered"}]
+    plan = make_plan(parse_study(recipe(talker_directory, rows=rows)))
+    assert {case.row for case in plan.cases} == {*BASELINES, "div_prune", "renumbered"}
 
 
 def test_each_window_side_stands_at_the_budget_that_it_comes_nearest_to() -> None:
@@ -284,6 +303,7 @@ def studied(talker_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"method": "average_pool", "depth": 0.25, "budgets": "factor"},
         {"method": "laco", "name": "too deep", "layer": 99, "budgets": "factor"},
         {"method": "evs", "budgets": "keep"},
+        {"method": "div_prune", "name": "too many", "budgets": {0.25: {"keep": 1000}}},
     ]
     timing = {"rounds": 2, "batch": 2}
     whole = recipe(talker_directory, rows=rows, judge={"samples": 14}, seeds=[0], timing=timing)
@@ -314,6 +334,7 @@ def test_a_study_goes_on_where_it_was_stopped(studied: tuple[Path, Path, StudyRe
     assert lines["none"].loyalty == 100
     assert "layer 99 is past the end" in results.refused["too deep"]
     assert "evs compares frames of videos" in results.refused["evs"]
+    assert "cannot keep 1000 of 36" in results.refused["too many"]  # which shows when it runs
     for name in wanted:
         assert lines[name].cost.answer_ms > 0
     assert lines["average_pool@1/4"].cost.memory_mb < lines["none"].cost.memory_mb
@@ -365,7 +386,7 @@ def test_the_command_takes_what_is_there_and_writes_all_files(
     assert (output / "times.json").read_text() != times
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     listed = json.loads(command("--list", "--json"))
-    assert [entry["row"] for entry in listed if entry["cannot"]][-1] == "too deep"
+    assert [entry["row"] for entry in listed if entry["cannot"]][-2:] == ["too deep", "evs"]
 
 
 @pytest.mark.parametrize("options", [(), ("--as-it-is",)])
@@ -379,6 +400,32 @@ def test_healing_can_be_left_out(
         cli.main()
     healed = sum(entry["healed"] for entry in json.loads(capsys.readouterr().out))
     assert healed == 0 if options else healed > 0
+
+
+@pytest.mark.parametrize(("video", "judged", "runs"), [(0, "world", 0), (1, "world", 0), (1, "world-video", 1)])
+def test_methods_for_videos_are_planned_where_there_are_videos(
+    talker_directory: Path, tmp_path: Path, video: int, judged: str, runs: int
+) -> None:
+    model = talker_directory
+    if video:
+        model = tmp_path / "video"
+        laco.save_pretrained(*tiny.llava_onevision(), model)
+    rows = [{"method": "evs", "budgets": "keep"}, TWICE]
+    listed = listing(parse_study(recipe(model, rows=rows, judge={"data": judged})))
+    (evs,) = (entry for entry in listed if entry["row"] == "evs")
+    assert evs["as_it_is"] == runs
+    assert runs or "evs compares frames of videos" in evs["cannot"]
+    assert not next(entry for entry in listed if entry["row"] == "div_prune")["cannot"]
+
+
+@pytest.mark.parametrize("keys", [{"judge": {"data": "none.jsonl"}}, {"heal": {"data": "none.jsonl"}}])
+def test_data_that_is_not_there_is_one_sentence(talker_directory: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    study = parse_study(recipe(talker_directory, output=str(tmp_path / "out"), **keys))
+    with pytest.raises(LacoError, match=r"there is no data at none\.jsonl"):
+        listing(study)
+    with pytest.raises(LacoError, match=r"there is no data at none\.jsonl"):
+        run(study, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

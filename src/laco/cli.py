@@ -103,7 +103,8 @@ def compress(
     layer: Annotated[int | None, typer.Option(help="Count of encoder layers before it, instead of --depth.")] = None,
     factor: Annotated[int | None, typer.Option(help="Side r of the windows that become one token.")] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the method.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting of the method: hidden=64, keep=[72,36,18]."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is already there.")] = False,
     as_json: AsJson = False,
@@ -113,6 +114,7 @@ def compress(
         raise LacoError(f"{output} exists already; give another name or --force")
 
     from laco.checkpoint import save_pretrained
+    from laco.evaluate.generation import check_videos
     from laco.surgery import compress as compress_model
 
     given = {"depth": parse_depth(depth), "layer": layer, "factor": factor}
@@ -120,26 +122,30 @@ def compress(
     made = make_method(method, settings, setting or [])
     loaded, processor = load(model)
     before = loaded.num_parameters()
-    tokens_before = visual_tokens(loaded)
+    tokens_before = visual_tokens(loaded, processor)
+    check_videos(loaded, made)
     compress_model(loaded, processor, made)
+    tokens = visual_tokens(loaded, processor)  # a budget that no picture has shows before anything is written
     if Path(model).is_dir():
         loaded.config.base_model_name_or_path = str(Path(model).resolve())
     save_pretrained(loaded, processor, output)
     result = {
         "method": made.to_dict(),
         "visual_tokens_before": tokens_before,
-        "visual_tokens": visual_tokens(loaded),
+        "visual_tokens": tokens,
         "parameters_added": loaded.num_parameters() - before,
         "files": sorted(str(path) for path in output.iterdir()),
     }
     if as_json:
         print_json(result)
         return
-    tokens = ""
-    if tokens_before is not None:
-        left = "fewer" if result["visual_tokens"] is None else f"{result['visual_tokens']:g}"
-        tokens = f" {tokens_before:g} → {left} visual tokens for a picture (or tile),"
-    out.print(f"{made.title}:{tokens} {result['parameters_added']:+,} parameters")
+    effect = ""
+    if getattr(made, "video_only", False):
+        effect = " fewer visual tokens for a video, pictures are refused,"
+    elif tokens_before is not None:
+        left = "fewer" if tokens is None else f"{tokens:g}"
+        effect = f" {tokens_before:g} → {left} visual tokens for a picture (or tile),"
+    out.print(f"{made.title}:{effect} {result['parameters_added']:+,} parameters")
     out.print(f"wrote {output}", highlight=False, soft_wrap=True)
 
 
@@ -152,8 +158,14 @@ def train(
 ) -> None:
     """Train what a recipe says; a run that was killed goes on where it stopped."""
     quiet()
+    from laco.train import load_recipe
     from laco.train import train as run
 
+    read = load_recipe(recipe)
+    started_from = read.model if read.new is None else read.new.weights
+    for source in (started_from, read.distill.teacher if read.distill else None):
+        if source is not None:
+            check_model(source)
     written = run(recipe, resume=not restart, progress=not as_json, output=output)
     if as_json:
         print_json({"output": str(written), "files": sorted(str(path) for path in written.iterdir())})
@@ -180,6 +192,8 @@ def evaluate(
     """Answer held-out questions: exact match by family with 95 % intervals, and loyalty."""
     from laco.data import load_samples
 
+    if json_file != Path("-"):
+        check_file(json_file)
     load_samples(data, split=split, limit=samples, seed=seed)  # mistakes show before models are loaded
     if reference is not None:
         check_model(reference)
@@ -229,6 +243,7 @@ def study(
     """Judge every method of a recipe on one model, at several budgets; goes on where it was stopped."""
     from laco.study.recipe import load_study
 
+    check_file(page)
     read = load_study(recipe, output=None if output is None else str(output))
     check_model(read.model)
     if as_it_is:
@@ -285,6 +300,12 @@ def check_model(name: str) -> None:
         raise LacoError(f"there is no model directory {name}")
 
 
+def check_file(path: Path | None) -> None:
+    """Refuses what can be no file to write, before there is anything to write."""
+    if path is not None and path.is_dir():
+        raise LacoError(f"{path} is a directory; give the name of a file")
+
+
 def load(model: str) -> tuple[Any, Any]:
     """A model and its processor, without the chatter of transformers."""
     check_model(model)
@@ -302,16 +323,29 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def visual_tokens(model: Any) -> float | None:
-    """Visual tokens for one picture or tile; None where they depend on it."""
+def visual_tokens(model: Any, processor: Any) -> float | None:
+    """Visual tokens for one picture or tile; None where they depend on it, or it is refused, or the budget counts more,
+    as tiles of a picture or frames of a video may have them.
+
+    Raises:
+        LacoError: a budget counts more than the model can ever see at once.
+    """
     from laco.families import family_of
 
     family, config = family_of(model), model.config
+    if any(getattr(method, "video_only", False) for method in family.methods(config)):
+        return None
     try:
         grid = family.grid(config)
     except LacoError:
         return None
-    return family.tokens_read(config, grid)
+    try:
+        return family.tokens_read(config, grid)
+    except LacoError:
+        splits = getattr(getattr(processor, "image_processor", None), "do_image_splitting", False)
+        if splits or getattr(processor, "video_token", None):
+            return None
+        raise
 
 
 def parse_depth(text: str | None) -> float | None:
@@ -324,7 +358,7 @@ def parse_depth(text: str | None) -> float | None:
 
 def make_method(name: str, settings: dict[str, Any], texts: list[str]) -> Any:
     """A method by name, with settings from KEY=VALUE texts, read as the types that its dataclass declares."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     from laco.methods import get
 
@@ -337,11 +371,24 @@ def make_method(name: str, settings: dict[str, Any], texts: list[str]) -> Any:
         settings[key] = value
         if key in hints:
             try:
-                settings[key] = TypeAdapter(hints[key]).validate_strings(value)
+                settings[key] = read_setting(hints[key], value)
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 raise LacoError(f"{name} cannot have {key}={value}: {problem[0].lower()}{problem[1:]}") from error
     return method.from_fields(settings)
+
+
+def read_setting(kind: Any, text: str) -> Any:
+    """A value of a type from text: of several ones from "[a,b]", as YAML and JSON have it, or "a,b"."""
+    import yaml
+    from pydantic import TypeAdapter
+
+    if text.startswith("[") or "," in text:
+        try:
+            return TypeAdapter(kind).validate_python(yaml.safe_load(text if text.startswith("[") else f"[{text}]"))
+        except yaml.YAMLError as error:
+            raise LacoError(f"several values are given as [a,b] or a,b; got {text!r}") from error
+    return TypeAdapter(kind).validate_strings(text)
 
 
 def print_json(value: Any) -> None:

@@ -161,12 +161,50 @@ def test_resuming_after_a_kill_is_bit_equal(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
     work = work_directory(recipe(tmp_path / "out"))
-    work.mkdir()
+    (work / "00-answer" / "checkpoint-1").mkdir(parents=True)
     (work / "recipe.json").write_text(json.dumps({"seed": 7}))
     with pytest.raises(LacoError, match="another recipe"):
         quiet_run(tmp_path / "out")
     run(recipe(tmp_path / "out"), resume=False, progress=False)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"compress": [{"method": "lacoo"}]}, "no method 'lacoo'"),
+        ({"compress": [{"method": "laco", "layer": 20}]}, "layer 20 is past the end"),
+        ({"compress": [{"method": "div_prune", "keep": 1000}]}, "cannot keep 1000"),
+        ({"model": "nowhere/nothing"}, "nowhere/nothing"),
+        ({"data": {"source": "none.jsonl"}}, "no data at none.jsonl"),
+        ({"stages": [ANSWER | {"lr": 0}]}, "nothing learns in stage answer"),
+        ({"stages": [ANSWER, ANSWER | {"name": "more", "lr": {"compressor": 1}}]}, "stage more trains compressor"),
+        ({"evaluate": {"data": "none.jsonl"}}, "no data at none.jsonl"),
+        ({"output": "a-file"}, "a-file is a file; give the name of a directory"),
+        ({"output": "a-file/out"}, "a-file is a file; give the name of a directory"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(
+    base: Path, tmp_path: Path, wrong: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained either, though the mistake be in what comes last; and the recipe may be corrected."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("precious")
+    module = sys.modules["laco.train.run"]  # whose name in the package is that of the function
+    monkeypatch.setattr(module, "_save_weights", lambda *_: pytest.fail("a stage was trained"))
+    with pytest.raises(LacoError, match=sentence):
+        run(recipe(**{"output": Path("out"), "model": str(base), **wrong}), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+    assert Path("a-file").read_text() == "precious"
+
+
+def test_what_was_killed_before_it_trained_is_no_other_run(base: Path, tmp_path: Path) -> None:
+    work = work_directory(recipe(tmp_path / "out"))
+    (work / "00-answer").mkdir(parents=True)
+    (work / "00-answer" / "log.jsonl").touch()
+    (work / "recipe.json").write_text(json.dumps({"seed": 7}))
+    quiet_run(tmp_path / "out", model=str(base))
+    assert not work.exists()
 
 
 def test_distillation_from_the_uncompressed_model(base: Path, tmp_path: Path) -> None:

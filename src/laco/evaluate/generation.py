@@ -39,8 +39,13 @@ def prompt(processor: Any, question: str, pictures: int = 1, video: bool = False
     `video`: the pictures are the frames of one video, for which one placeholder stands.
 
     Raises:
-        LacoError: a processor without videos is to ask about one.
+        LacoError: a processor without videos is to ask about one; the question has a placeholder in it.
     """
+    for name in ("image_token", "video_token"):
+        if (placeholder := getattr(processor, name, None)) and placeholder in question:
+            raise LacoError(
+                f"the question {question!r} has {placeholder} in it, which stands for pictures; leave it out"
+            )
     if video and getattr(processor, "video_token", None) is None:
         raise LacoError(f"{type(processor).__name__} takes no videos; ask a model of a family that does")
     kind, token, count = ("video", "video_token", 1) if video else ("image", "image_token", pictures)
@@ -57,6 +62,12 @@ def check_answers(processor: Any) -> None:
         raise LacoError("a vision encoder alone answers no questions; this needs a vision-language model")
 
 
+def check_videos(model: Any, method: Any) -> None:
+    """Raises `LacoError` for a method that is made for videos in a model that takes none as a whole."""
+    if getattr(method, "video_only", False) and not _parameters(model, "video"):
+        raise LacoError(f"{method.name} compares frames of videos, which this model does not take; take another method")
+
+
 def encode(
     processor: Any,
     questions: Sequence[str],
@@ -66,6 +77,9 @@ def encode(
     """Tensors for a batch of questions, padded on the left, each with its own list of RGB pictures.
 
     `videos` says of each list whether it is the frames of one video; by default none is.
+
+    Raises:
+        LacoError: as `prompt`; frames of a video have different sizes.
     """
     check_answers(processor)
     tokenizer = processor.tokenizer
@@ -74,6 +88,10 @@ def encode(
     videos = [False] * len(pictures) if videos is None else videos
     rows = list(zip(questions, pictures, videos, strict=True))
     clips = [list(frames) for _, frames, video in rows if video]
+    for frames in clips:
+        if len(sizes := dict.fromkeys(frame.size for frame in frames)) > 1:
+            told = " and ".join(f"{width}x{height}" for width, height in list(sizes)[:2])
+            raise LacoError(f"the frames of a video have one size; got {told} pixels")
     return processor(
         text=[prompt(processor, asked, len(shown), video) for asked, shown, video in rows],
         # nested: some treat several pictures unlike one

@@ -53,7 +53,7 @@ class Folder(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep <= 0 or (isinstance(self.keep, float) and self.keep > 1):
+        if not self.keep > 0 or (isinstance(self.keep, float) and self.keep > 1):
             raise LacoError(
                 f"folder: keep is a count of visual tokens, 1 or more, or a fraction in (0, 1]; got {self.keep}"
             )

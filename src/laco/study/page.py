@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from laco.evaluate import FamilyScore
-from laco.study.plan import percent
+from laco.study.recipe import percent
 from laco.study.results import Line, StudyResults, by_state
 
 HEADS = ("method", "tokens", "accuracy", "hard", "easy", "loyalty", "encoder", "scoring", "prefill", "speed-up", "MB")

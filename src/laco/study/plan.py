@@ -6,15 +6,16 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import AutoConfig
 
+from laco.data import WORLDS, load_samples
 from laco.errors import LacoError
+from laco.evaluate.generation import check_videos
 from laco.families import family_of_config
 from laco.healing import NONE, Variant, outline
 from laco.methods import DecoderMethod, Merger, Method, Reducer
-from laco.study.recipe import Row, StudyRecipe, factors
+from laco.study.recipe import DOWN_SAMPLED, RANDOM, Row, StudyRecipe, factors, percent
 from laco.surgery import compress
 
 Place = Literal["baseline", "encoder", "external", "language_model"]
-RANDOM, DOWN_SAMPLED = "random", "down-sampled input"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,15 @@ class Plan(NamedTuple):
 
 
 def make_plan(recipe: StudyRecipe) -> Plan:
-    """All cases of a study, baselines first; every method is tried on the outline of the model."""
+    """All cases of a study, baselines first; every method is tried on the outline of the model.
+
+    Raises:
+        LacoError: there is no such model, or there are no questions to judge on.
+    """
     find(recipe.protocol.model)
+    judge = recipe.judge
+    asked = load_samples(judge.data, limit=1 if judge.data in WORLDS else judge.samples, seed=judge.seed)
+    shows_videos = all(sample.video for sample in asked)
     cases = [Case("none", "baseline", None, NONE)]
     if recipe.heal:
         cases.append(Case("none", "baseline", None, Variant(name="none, healed")))
@@ -51,7 +59,7 @@ def make_plan(recipe: StudyRecipe) -> Plan:
         reasons: dict[str, str] = {}
         for budget, settings in row.at(recipe.budgets).items():
             method = row.build(settings)
-            if reason := why_not(recipe.protocol.model, method):
+            if reason := why_not(recipe.protocol.model, method, shows_videos):
                 reasons[f"{row.label} {percent(budget)}"] = reason
                 continue
             place = "baseline" if is_baseline else place_of(method)
@@ -82,10 +90,14 @@ def in_both_states(
     return [Case(label, place, budget, variant, text) for variant in found]
 
 
-def why_not(source: str, method: Method) -> str | None:
-    """Why a method cannot stand in a model; None if it can."""
+def why_not(source: str, method: Method, shows_videos: bool) -> str | None:
+    """Why a method cannot stand in a model, or on pictures that are no videos; None if it can."""
+    model = outline(source)
     try:
-        compress(outline(source), None, method)
+        check_videos(model, method)
+        if getattr(method, "video_only", False) and not shows_videos:
+            return f"{method.name} compares frames of videos, but it is judged on pictures"
+        compress(model, None, method)
     except LacoError as error:
         return str(error)
     return None
@@ -118,10 +130,6 @@ def by_row(row: str, reasons: dict[str, str]) -> dict[str, str]:
     return {row: next(iter(reasons.values()))} if len(set(reasons.values())) == 1 else reasons
 
 
-def percent(budget: float) -> str:
-    return f"{100 * budget:.3g} %"
-
-
 def chosen(plan: Plan, names: Sequence[str]) -> Plan:
     """The baselines, and of the other rows those that are named; everything without names.
 
@@ -139,8 +147,15 @@ def chosen(plan: Plan, names: Sequence[str]) -> Plan:
     return Plan(cases, refused)
 
 
+def check_healing(recipe: StudyRecipe) -> None:
+    """Raises `LacoError` if there is nothing to heal on; a study that is finished needs it no more."""
+    if recipe.heal is not None:
+        load_samples(recipe.heal.data, limit=1)
+
+
 def listing(recipe: StudyRecipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What a study would run: {row, budget, as_it_is, healed (numbers of runs), settings, cannot (the reason)}."""
+    check_healing(recipe)
     plan = chosen(make_plan(recipe), only)
     rows: dict[tuple[str, float | None], dict[str, Any]] = {}
     for case in plan.cases:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from laco.report.plots import COLOURS as INK
 from laco.report.plots import spread
-from laco.study.plan import percent
+from laco.study.recipe import percent
 from laco.study.results import Line
 
 COLOURS = {"baseline": "#31383f", "encoder": "#0b6e5f", "external": "#b4560f", "language_model": "#5b4bb3"}

@@ -20,7 +20,11 @@ from pydantic import (
 
 from laco.errors import LacoError
 from laco.healing import Protocol
+from laco.healing.variants import slug
 from laco.methods import Merger, Method, get
+
+RANDOM, DOWN_SAMPLED = "random", "down-sampled input"
+BASELINES = ("none", DOWN_SAMPLED, RANDOM, "uniform stride", "average pool")  # rows that every study has
 
 
 class _Strict(BaseModel):
@@ -159,6 +163,20 @@ class StudyRecipe(_Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_stands_twice(self) -> "StudyRecipe":
+        named: list[tuple[str, list[Any]]] = [("seeds", self.seeds), ("budgets", list(map(percent, self.budgets)))]
+        for where, values in named:
+            if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+                raise ValueError(f"{where} have {twice[0]} twice; give each once")
+        # Labels name folders and lines of tables: what shared one would be taken for one.
+        taken = {slug(name): "a baseline" for name in BASELINES}
+        for row in self.rows:
+            if other := taken.get(slug(row.label)):
+                raise ValueError(f"a row and {other} are both called {row.label!r}; give the row a name of its own")
+            taken[slug(row.label)] = "another row"
+        return self
+
     def heals(self, budget: float, row: Row | None = None) -> bool:
         """Whether a row (None: a baseline) is healed at a budget."""
         if self.heal is None or budget not in (self.heal.budgets or self.budgets):
@@ -178,6 +196,11 @@ class StudyRecipe(_Strict):
             eval_seed=self.judge.seed,
             **healing,
         )
+
+
+def percent(budget: float) -> str:
+    """A budget as it stands in names and tables."""
+    return f"{100 * budget:.3g} %"
 
 
 def factors(budgets: list[float]) -> dict[float, int]:

@@ -12,7 +12,8 @@ from laco.evaluate.report import score
 from laco.evaluate.scores import same
 from laco.healing import Outcome, Study
 from laco.study.measure import Cost, Costs, key_of
-from laco.study.plan import DOWN_SAMPLED, RANDOM, Case, Place, percent
+from laco.study.plan import Case, Place
+from laco.study.recipe import DOWN_SAMPLED, RANDOM, percent
 from laco.world import FAMILIES
 
 MEASURED = {"healed", "method", "seeds", "visual_tokens", "average", "low", "high", "loyalty"}  # of a summary

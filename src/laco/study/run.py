@@ -10,7 +10,7 @@ from laco.healing import Job, Study, finished_study, label, run_study
 from laco.report.plots import as_png
 from laco.study.measure import Costs, key_of, measure_costs, read_costs
 from laco.study.page import as_csv, as_markdown
-from laco.study.plan import Case, by_row, chosen, make_plan
+from laco.study.plan import Case, by_row, check_healing, chosen, make_plan
 from laco.study.plot import accuracy_against_time
 from laco.study.recipe import StudyRecipe
 from laco.study.results import StudyResults, make_lines, verdicts
@@ -36,9 +36,12 @@ def run(
         progress: shows bars on stderr.
 
     Raises:
-        LacoError: there is no such model or row, or the model as it is cannot be judged, or was not if `finished`.
+        LacoError: there is no such model, row or data, or the model as it is cannot be judged, or was not if
+            `finished`.
     """
     (cases, refused), output, protocol = chosen(make_plan(recipe), only), Path(recipe.output), recipe.protocol
+    if not finished:
+        check_healing(recipe)
     variants = [case.variant for case in cases]
     costs, times = None, output / "times.json"
     if finished:

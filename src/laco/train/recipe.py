@@ -1,11 +1,21 @@
 """What a training run is: a YAML file read into these models. An unknown key is an error naming the nearest known."""
 
 import difflib
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from laco.errors import LacoError
 
@@ -71,6 +81,21 @@ class Stage(_Strict):
     @property
     def rates(self) -> dict[str, float]:
         return {str(k): v for k, v in self.lr.items()} if isinstance(self.lr, dict) else dict.fromkeys(GROUPS, self.lr)
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _names_groups(cls, lr: Any) -> Any:
+        """Said here in one sentence; what does not fit a union would be said of each of its types."""
+        for group, rate in lr.items() if isinstance(lr, dict) else [(None, lr)]:
+            if group is not None and group not in GROUPS:
+                raise ValueError(f"there is no group {group}; the groups are {', '.join(GROUPS)}")
+            try:
+                wrong = not 0 <= float(rate) < inf
+            except (TypeError, ValueError):
+                wrong = True
+            if wrong:
+                raise ValueError(f"a rate is a number, 0 or more; got {rate!r}{f' for {group}' if group else ''}")
+        return lr
 
     @model_validator(mode="after")
     def _learns_something(self) -> "Stage":

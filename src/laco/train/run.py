@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from laco.checkpoint import from_pretrained, save_pretrained
+from laco.data import load_samples
 from laco.errors import LacoError
 from laco.evaluate import evaluate
 from laco.evaluate.generation import check_answers
@@ -26,7 +27,7 @@ from laco.methods import from_dict
 from laco.surgery import compress
 from laco.train.card import model_card
 from laco.train.collate import Collator
-from laco.train.data import make_source
+from laco.train.data import Source, make_source
 from laco.train.recipe import Recipe, Stage, load_recipe
 from laco.train.scratch import build_new
 from laco.train.trainer import DenseHeads, LacoTrainer, Learner, check_lessons, freeze
@@ -79,8 +80,10 @@ def _launch(recipe: Recipe, resume: bool, progress: bool) -> None:
     environment = os.environ | {_LAUNCHED: "1", "OMP_NUM_THREADS": str(threads)}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    code = subprocess.run(command, env=environment).returncode
-    given.unlink()
+    try:
+        code = subprocess.run(command, env=environment).returncode
+    finally:
+        given.unlink()
     if code:
         raise LacoError(f"the training processes ended with exit code {code}; their messages stand above")
 
@@ -89,28 +92,33 @@ def run(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Path:
     """Runs a recipe in this process (one of several under `accelerate launch`); returns the output's directory."""
     state = PartialState(cpu=not torch.cuda.is_available())
     work = work_directory(recipe)
-    with state.main_process_first():
-        if state.is_main_process:
-            _open_work(recipe, work, resume)
+    _check_places(recipe, work, resume)
     set_seed(recipe.seed)
     model, processor = _start(recipe)
     check_lessons(model, recipe)
     teacher = _teacher(recipe)
+    sources = _check_stages(recipe, model, state.num_processes)
+    with state.main_process_first():
+        if state.is_main_process:
+            _open_work(recipe, work, resume)
     dense = DenseHeads(model.config.vision_config.hidden_size) if any(s.dense for s in recipe.stages) else None
     directories = [work / f"{i:02d}-{stage.name}" for i, stage in enumerate(recipe.stages)]
-    seen = 0
-    for directory, stage in zip(directories, recipe.stages, strict=True):
-        learner = Learner(model, stage, dense)
-        finished = directory / "model.safetensors"
-        if finished.exists():
-            load_model(learner, finished, strict=False)
-        else:
-            trainer = _trainer(recipe, stage, learner, processor, teacher, directory, seen, progress)
+    try:
+        for directory, stage, source in zip(directories, recipe.stages, sources, strict=True):
+            learner = Learner(model, stage, dense)
+            finished = directory / "model.safetensors"
+            if finished.exists():
+                load_model(learner, finished, strict=False)
+                continue
+            trainer = _trainer(recipe, stage, learner, source, processor, teacher, directory, progress)
             trainer.train(resume_from_checkpoint=_last_checkpoint(directory, state.num_processes))
             if state.is_main_process:
                 _save_weights(learner, finished)
             state.wait_for_everyone()
-        seen += stage.steps * stage.batch_size
+    except BaseException:  # some mistakes show in the first step, such as a budget above what pictures have
+        if state.is_main_process and not _has_trained(work):
+            shutil.rmtree(work)
+        raise
     if state.is_main_process:
         _finish(recipe, model, processor, directories, progress)
         shutil.rmtree(work)
@@ -118,14 +126,51 @@ def run(recipe: Recipe, *, resume: bool = True, progress: bool = True) -> Path:
     return Path(recipe.output)
 
 
+def _check_places(recipe: Recipe, work: Path, resume: bool) -> None:
+    """Raises `LacoError` where the trained model cannot be written, or what is to be asked in the end cannot be read,
+    or another recipe's training would be lost.
+    """
+    output = Path(recipe.output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        raise LacoError(f"{there} is a file; give the name of a directory as output")
+    if recipe.evaluate is not None:
+        load_samples(recipe.evaluate.data, limit=1)
+    kept = work / "recipe.json"
+    if resume and kept.exists() and _has_trained(work) and json.loads(kept.read_text()) != _wanted(recipe):
+        raise LacoError(f"{work} holds an unfinished run of another recipe; start anew with --restart, or remove it")
+
+
+def _check_stages(recipe: Recipe, model: PreTrainedModel, processes: int) -> list[Source]:
+    """What each stage shows; raises `LacoError` where a stage cannot be trained, also a later one."""
+    sources, seen, patch = [], 0, getattr(model.config.vision_config, "patch_size", 0)
+    for stage in recipe.stages:
+        if stage.batch_size % processes:
+            raise LacoError(
+                f"stage {stage.name}: batch_size {stage.batch_size} does not divide by {processes} processes"
+            )
+        freeze(model, stage)
+        sources.append(make_source(recipe.data, stage, seen, recipe.seed, patch))
+        seen += stage.steps * stage.batch_size
+    return sources
+
+
+def _wanted(recipe: Recipe) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with."""
+    return recipe.model_dump(mode="json", exclude=_FREE)
+
+
+def _has_trained(work: Path) -> bool:
+    """Whether a run has left anything that it could go on with, or logged a step."""
+    logs = [log for log in work.glob(f"*/{_LOG}") if log.stat().st_size]
+    return bool(logs or [*work.glob("*/checkpoint-*"), *work.glob("*/model.safetensors")])
+
+
 def _open_work(recipe: Recipe, work: Path, resume: bool) -> None:
-    """Makes the working directory, or finds it as an unfinished run of the same recipe left it."""
-    kept, wanted = work / "recipe.json", recipe.model_dump(mode="json", exclude=_FREE)
+    """Makes the working directory, or leaves it as an unfinished run of the same recipe left it."""
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    elif kept.exists() and json.loads(kept.read_text()) != wanted:
-        raise LacoError(f"{work} holds an unfinished run of another recipe; start anew with --restart, or remove it")
-    write_file(kept, json.dumps(wanted, indent=1))
+    write_file(work / "recipe.json", json.dumps(_wanted(recipe), indent=1))
 
 
 def _start(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -164,23 +209,20 @@ def _trainer(
     recipe: Recipe,
     stage: Stage,
     learner: Learner,
+    source: Source,
     processor: ProcessorMixin,
     teacher: tuple[PreTrainedModel | None, ProcessorMixin | None],
     directory: Path,
-    seen: int,
     progress: bool,
 ) -> LacoTrainer:
-    """The Trainer of one stage; `seen` pictures of the run came before it."""
-    processes = PartialState().num_processes
-    if stage.batch_size % processes:
-        raise LacoError(f"stage {stage.name}: batch_size {stage.batch_size} does not divide by {processes} processes")
+    """The Trainer of one stage."""
     freeze(learner.vlm, stage)
     if recipe.gradient_checkpointing:
         checkpoint_activations(learner.vlm, use_reentrant=False)
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // processes,
+        per_device_train_batch_size=stage.batch_size // PartialState().num_processes,
         lr_scheduler_type=stage.schedule,
         warmup_steps=round(stage.warmup * stage.steps),
         learning_rate=max(stage.rates.values()),
@@ -196,11 +238,10 @@ def _trainer(
         disable_tqdm=not progress,
         seed=recipe.seed,
     )
-    patch = getattr(learner.vlm.config.vision_config, "patch_size", 0)
     return LacoTrainer(
         model=learner,
         args=arguments,
-        train_dataset=make_source(recipe.data, stage, seen, recipe.seed, patch),
+        train_dataset=source,
         data_collator=Collator(processor, teacher[1]),
         callbacks=[_Log(directory / _LOG, stage.name)],
         teacher=teacher[0],
