@@ -290,6 +290,17 @@ def test_models_of_a_recipe_that_are_not_there(refused, talker_directory, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "r.yaml"]
 
 
+def test_train_writes_where_it_is_told(run, talker_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = "{name: a, steps: 1, batch_size: 2, lr: 1.0e-4}"
+    (tmp_path / "r.yaml").write_text(f"output: elsewhere\nmodel: {talker_directory}\nstages: [{stage}]\n")
+    code, out, err = run("train", "r.yaml", "--output", "out/there", "--json")
+    assert not code, err
+    assert json.loads(out)["output"] == "out/there"
+    assert (tmp_path / "out" / "there" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
+
+
 def test_bad_recipes(refused, tmp_path):
     assert "there is no recipe" in refused("train", tmp_path / "none.yaml")
     recipe = tmp_path / "r.yaml"

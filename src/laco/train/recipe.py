@@ -175,7 +175,8 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         raise LacoError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise LacoError(f"{path} must hold keys and values, such as output: and stages:")
-    return parse_recipe({**raw, **{k: v for k, v in overrides.items() if v is not None}}, where=str(path))
+    given = {key: str(v) if isinstance(v, Path) else v for key, v in overrides.items() if v is not None}
+    return parse_recipe({**raw, **given}, where=str(path))
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "the recipe") -> Recipe:

@@ -12,7 +12,14 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from laco.checkpoint import from_pretrained, save_pretrained
@@ -238,7 +245,7 @@ def _trainer(
         disable_tqdm=not progress,
         seed=recipe.seed,
     )
-    return LacoTrainer(
+    trainer = LacoTrainer(
         model=learner,
         args=arguments,
         train_dataset=source,
@@ -247,6 +254,8 @@ def _trainer(
         teacher=teacher[0],
         distill=recipe.distill,
     )
+    trainer.remove_callback(PrinterCallback)  # what it prints without bars would stand in the way of JSON on stdout
+    return trainer
 
 
 def _last_checkpoint(directory: Path, processes: int) -> str | None:

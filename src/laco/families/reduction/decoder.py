@@ -120,7 +120,9 @@ class Run:
         self.masks: dict[int, Any] = {}
         self.before: Tensor | None = None
         self.tables: dict[str, Any] = {}
-        self.entry_moved_B, self.places = entered.moved_B, dict[int, tuple[Tensor, Tensor]]()
+        self.entry_moved_B = entered.moved_B
+        self.places: dict[int, tuple[Tensor, Tensor]] = {}  # after so many points, as `placed_at` gives them
+        self.turned: dict[int, Any] = {}  # rotary tables of these places
         self.memory: dict[int, Any] = {}
         self.original: list[int] = []
         self.observed: set[int] = set()
@@ -229,8 +231,10 @@ class Run:
         """Positions and rotary tables of the tokens that are left after so many points."""
         if stage and self.method.positions == "renumber":
             place, _ = self.placed_at(stage)
-            axes = place[-3:] if place.ndim > 2 else place  # of M-RoPE; a plain position may stand before them
-            out = {"position_embeddings": self.model.rotary_emb(kwargs["position_embeddings"][0], axes)}
+            if stage not in self.turned:
+                axes = place[-3:] if place.ndim > 2 else place  # of M-RoPE; a plain position may stand before them
+                self.turned[stage] = self.model.rotary_emb(kwargs["position_embeddings"][0], axes)
+            out = {"position_embeddings": self.turned[stage]}
             if kwargs.get("position_ids") is not None:  # one for each token
                 out["position_ids"] = place.view(-1, *place.shape[-2:])[0]
             return out
