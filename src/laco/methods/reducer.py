@@ -38,6 +38,8 @@ def indices(x_BN: Tensor) -> Tensor:
 
 def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
     """Rows of (B, N, ...) by (B, K) -> (B, K, ...)."""
+    if x_BN.ndim == 2:
+        return x_BN.gather(1, index_BK)
     picked = x_BN.flatten(0, 1).index_select(0, in_batch(index_BK, x_BN.shape[1]))
     return picked.view(*index_BK.shape, *x_BN.shape[2:])
 
@@ -76,6 +78,8 @@ class Merge:
     def sum(self, x_BN: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""
         batch, kept = self.kept_BK.shape
+        if x_BN.ndim == 2:
+            return x_BN.new_zeros(batch, kept + 1).scatter_add(1, self.slot_BN, x_BN)[:, :-1]
         out = x_BN.new_zeros(batch * (kept + 1), *x_BN.shape[2:]).index_add_(0, self.rows, x_BN.flatten(0, 1))
         return out.view(batch, kept + 1, *x_BN.shape[2:])[:, :-1]
 

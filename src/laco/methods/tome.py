@@ -86,17 +86,16 @@ class ToMe(Reducer):
         return state.size_BN.log()[:, None, None] if self.proportional and state.steps else None
 
     def before_mlp(self, x_BNC: Tensor, state: State, index: int, signals: LayerSignals) -> tuple[Tensor, State]:
-        if not self.reduces(state, index):
+        amount = self.schedule(state.num_layers, state.last)[index]
+        if not amount:
             return x_BNC, state
         self.check(signals)
         assert signals.keys is not None
-        amount = self.schedule(state.num_layers, state.last)[index]
         order: Order = "score" if self.strict_reference and not state.prefix else "split"
         merge = match(signals.keys.mean(dim=1), amount, state.prefix, order=order)
         return state.merged(x_BNC, merge)
 
 
-@torch.no_grad()
 def match(
     metric_BNd: Tensor, amount: int, prefix: int = 0, penalty_BN: Tensor | None = None, order: Order = "split"
 ) -> Merge:
@@ -115,13 +114,13 @@ def match(
     amount = min(amount, (tokens - prefix) // 2)
     if amount <= 0:
         return Merge(place_BN, place_BN)
-    metric_BNd = normalize(at_least_float32(metric_BNd), dim=-1)
+    metric_BNd = normalize(at_least_float32(metric_BNd.detach()), dim=-1)
     score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
     if prefix > 1:
         score_BAB[:, :, : prefix // 2] = -torch.inf
     best_BA, partner_BA = score_BAB.max(dim=-1)
     if penalty_BN is not None:
-        best_BA = best_BA - penalty_BN[:, ::2]
+        best_BA = best_BA - penalty_BN.detach()[:, ::2]
     if prefix:
         best_BA[:, : (prefix + 1) // 2] = -torch.inf
 

@@ -29,7 +29,7 @@ Softmax = Callable[[Tensor], Tensor]
 def run(layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
     for name in parts:
         part = attrgetter(name)(layer)
-        x = part * x if isinstance(part, nn.Parameter) else part(x)
+        x = part(x) if isinstance(part, nn.Module) else part * x
     return x
 
 
@@ -59,15 +59,16 @@ class Halves:
     out: Parts = ("self_attn.out_proj",)
     feed_forward: Parts = ("layer_norm2", "mlp")
 
-    def heads(self, layer: nn.Module, x_BNC: Tensor, parts: Parts) -> Tensor:
-        """(B, N, C) -> (B, H, N, d)."""
-        config: Any = layer.get_submodule(self.attention).config
-        return rearrange(run(layer, x_BNC, parts), "b n (h d) -> b h n d", h=config.num_attention_heads)
+    def heads(self, layer: nn.Module, x_BNC: Tensor, *projections: Parts) -> list[Tensor]:
+        """(B, H, N, d) by each of these projections, of tokens (B, N, C) that enter a layer."""
+        heads = attrgetter(self.attention)(layer).config.num_attention_heads
+        normed_BNC = run(layer, x_BNC, self.norm)
+        return [rearrange(run(layer, normed_BNC, parts), "b n (h d) -> b h n d", h=heads) for parts in projections]
 
     def queries_keys(self, layer: nn.Module, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, H, N, d), of tokens that enter a layer."""
-        normed_BNC = run(layer, x_BNC, self.norm)
-        return self.heads(layer, normed_BNC, self.queries), self.heads(layer, normed_BNC, self.keys)
+        q, k = self.heads(layer, x_BNC, self.queries, self.keys)
+        return q, k
 
     def attend(
         self, layer: nn.Module, x_BNC: Tensor, bias: Tensor | None = None, softmax: Softmax | None = None
@@ -78,9 +79,8 @@ class Halves:
             bias: (B, 1, 1, N), added to the logits of attention; `LacoError` if the implementation takes none.
             softmax: of logits (B, H, N, N), where no bias can say what it is; attention is then written out.
         """
-        normed_BNC = run(layer, x_BNC, self.norm)
-        q, k, v = (self.heads(layer, normed_BNC, parts) for parts in (self.queries, self.keys, self.values))
-        module: Any = layer.get_submodule(self.attention)
+        q, k, v = self.heads(layer, x_BNC, self.queries, self.keys, self.values)
+        module: Any = attrgetter(self.attention)(layer)
         settings = {
             "scaling": q.shape[-1] ** -0.5,
             "dropout": getattr(module.config, self.dropout) if layer.training else 0.0,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -57,7 +58,7 @@ class Reduction:
     prefix: int
     width: int
 
-    @property
+    @cached_property
     def points(self) -> tuple[int, ...]:
         """The layers in which tokens change, counted from 0."""
         return self.reducer.layers(self.layers, self.last)
