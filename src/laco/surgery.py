@@ -59,7 +59,11 @@ def compress(
         step = place(method, family, model.config)
         if taken := [other for other in steps if other.layer == step.layer]:
             raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
-        set_compression(model, processor, replace(family.compression(model.config), steps=[*steps, step]))
+        steps = [*steps, step]
+        for reader in family.reductions(model.config):
+            if reason := family.why_no_maps(family.with_steps(model.config, steps), reader):
+                raise LacoError(f"{step.merger.name} cannot run beside {reader.name}: {reason}")
+        set_compression(model, processor, replace(family.compression(model.config), steps=steps))
     return model, processor
 
 

@@ -314,6 +314,14 @@ def test_prumerge_of_all_tokens_changes_nothing():
         assert torch.equal(plan(given.features), given.features[1:])
 
 
+@pytest.mark.parametrize(("keep", "crops"), [(0.25, 7), (12, 7), (0.75, 2), (1.0, 1)])
+def test_crops_of_holov_by_the_budget(keep, crops):
+    given, holov = signals(), SELECTORS["holov"]
+    found = holov(keep=keep, crops=None)(given).kept
+    assert torch.equal(found, holov(keep=keep, crops=crops)(given).kept)
+    assert keep == 1.0 or not torch.equal(found, holov(keep=keep)(given).kept)
+
+
 def test_vidcom2_at_the_full_rate():
     """All tokens stay; in the authors' code frames that are like the video lose some."""
     given = signals(Grid(4, 3, 4), prefix=0)

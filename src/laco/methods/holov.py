@@ -20,7 +20,8 @@ class HoloV(Selector):
     attention, so in effect it is 1.09 times the mean attention.
 
     Args:
-        crops: pieces of equal length, the first ones longer by one where they do not divide.
+        crops: pieces of equal length, the first ones longer by one where they do not divide. None = the fewer, the more
+            is kept, int(16/9 N / K), as the authors have it for Qwen-VL.
         strict_reference: quota that a crop is too small for is lost, and zero vectors fill the budget (`quotas`
             says how many each crop gets). By default it goes to the crops that follow in score.
     """
@@ -33,18 +34,19 @@ class HoloV(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens", "cls_attention"})
     equivariant: ClassVar[bool] = False
 
-    crops: int = 16
+    crops: int | None = 16
     strict_reference: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crops < 1:
+        if self.crops is not None and self.crops < 1:
             raise LacoError(f"holov: crops must be 1 or more; got {self.crops}")
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
         attention_N, count = signals.saliency("mean"), self.budget(signals.grid.tokens)
-        parts = torch.arange(len(attention_N), device=attention_N.device).tensor_split(self.crops)
+        crops = int(1024 / 576 * len(attention_N) / count) if self.crops is None else self.crops
+        parts = torch.arange(len(attention_N), device=attention_N.device).tensor_split(crops)
         parts = tuple(part for part in parts if len(part))
         score = torch.stack([crop_score(signals.tokens[part], attention_N[part]) for part in parts])
         quota = quotas(score, count)

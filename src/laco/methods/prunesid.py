@@ -23,7 +23,10 @@ class PruneSID(Selector):
     title: ClassVar[str] = "PruneSID"
     paper: ClassVar[str] = "PruneSID, ICLR 2026, arXiv 2603.09480"
     confirmed: ClassVar[str] = "components, suppression threshold, quotas, order by groups, CLS attention summed"
-    assumed: ClassVar[str] = "exact instead of randomised PCA; attention received where there is no CLS"
+    assumed: ClassVar[str] = (
+        "exact instead of randomised PCA; attention received where there is no CLS (the authors' port to Qwen2-VL takes"
+        " loadings instead, of at least 16 tokens behind the merger)"
+    )
     needs: ClassVar[frozenset[str]] = frozenset({"features", "cls_attention"})
     applies_to: ClassVar = "features"
 
