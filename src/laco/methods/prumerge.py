@@ -84,7 +84,8 @@ class PruMerge(Selector):
 
 def outlier_ratio(attention: Tensor) -> float:
     """Share of values above Q3 + 1.5 (Q3 - Q1)."""
-    low, high = torch.quantile(attention.double(), torch.tensor([0.25, 0.75], dtype=torch.double)).tolist()
+    values = attention.double()
+    low, high = torch.quantile(values, values.new_tensor([0.25, 0.75])).tolist()
     return float((attention > high + 1.5 * (high - low)).double().mean())
 
 
