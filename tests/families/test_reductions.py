@@ -83,6 +83,15 @@ def generated(model: Any, batch: Any, tokens: int = 5, **settings: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize("kind", ["div_prune", "fastv"])
+def test_a_compiled_model(kind):
+    model, processor = reduced("llava-siglip", methods("llava-siglip")[kind])
+    batch = tiny.CASES["llava-siglip"].inputs(processor, ONE)
+    wanted = last_logits(model, batch)
+    torch.compiler.reset()
+    torch.testing.assert_close(last_logits(torch.compile(model, backend="eager"), batch), wanted)
+
+
 @every_case
 def test_a_full_budget_is_the_stock_model(name):
     stock, processor = built(name, "stock")

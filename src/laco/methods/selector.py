@@ -148,6 +148,7 @@ class Selector(Method):
         """What is trained, for rows of `width` channels (see `applies_to`); handed to `__call__`. None: nothing is."""
         return None
 
+    @torch.compiler.disable  # what comes next depends on what was chosen: nothing there is to be compiled
     def __call__(self, signals: Signals, module: MergerModule | None = None) -> Plan:
         """The plan for one picture or video.
 
