@@ -35,6 +35,29 @@ def test_a_budget_above_all_tokens(method):
     refused("llava-siglip", method, f"{method.name} cannot keep 1000 of \\d+ visual tokens")
 
 
+STATIC = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+
+
+@pytest.mark.parametrize("method", [laco.DivPrune(), laco.FlexSelect(), laco.FastV(layer=1)], ids=lambda x: x.name)
+def test_a_cache_of_a_fixed_size(method):
+    model, processor = compressed("llava-siglip", method)
+    batch = tiny.CASES["llava-siglip"].inputs(processor, (f"{ONE[0]} or not?", ONE[1]))
+    with pytest.raises(laco.LacoError, match="with a dynamic cache alone, not with a StaticLayer; leave out"):
+        model.generate(**batch, **STATIC)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "prompt"),
+    [("internvl-internvit", laco.ToMe(r=2), ONE), ("llava-siglip", laco.DivPrune(), NONE)],
+    ids=["merged for the encoder alone", "no picture"],
+)
+def test_a_cache_of_a_fixed_size_where_nothing_is_dropped(name, method, prompt):
+    model, processor = compressed(name, method)
+    batch = tiny.CASES[name].inputs(processor, prompt)
+    dynamic = model.generate(**batch, **STATIC | {"cache_implementation": None})
+    assert torch.equal(model.generate(**batch, **STATIC), dynamic)
+
+
 @pytest.mark.parametrize(
     "kind", [kind for kind in registry().values() if "cls_attention" in kind.needs], ids=lambda kind: kind.name
 )

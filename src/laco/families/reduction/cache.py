@@ -89,17 +89,24 @@ def reduced(kind: Any) -> Any:
     return type(f"Reduced{kind.__name__}", (ReducedCacheLayer, kind), {})
 
 
+def check_cache(past: Cache | None) -> None:
+    """Raises `LacoError` where a cache cannot hold fewer tokens than were read."""
+    for layer in () if past is None else past.layers:
+        if not isinstance(layer, ReducedCacheLayer) and type(layer) is not DynamicLayer:
+            raise LacoError(
+                f"visual tokens can be dropped with a dynamic cache alone, not with a {type(layer).__name__}; leave out"
+                " cache_implementation, or compress by a merger"
+            )
+
+
 def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> None:
     """Lets every layer of a cache, which holds all of `read` tokens, count what it holds."""
+    check_cache(past)
     for layer in past.layers:
         if isinstance(layer, ReducedCacheLayer):
             continue
-        if type(layer) is not DynamicLayer:
-            raise LacoError(
-                f"visual tokens can be dropped with a dynamic cache alone, not with a {type(layer).__name__}"
-            )
         held: Any = layer
-        held.__class__ = reduced(type(layer))
+        held.__class__ = reduced(type(held))
         held.columns_BK = held.computed_BK = torch.arange(read, device=device).repeat(batch, 1)
         held.read, held.moved_B = read, torch.zeros(batch, dtype=torch.long, device=device)
 

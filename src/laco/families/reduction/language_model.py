@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from laco.families.encoders.base import reset_compressor
-from laco.families.reduction.cache import ReducedCacheLayer, counting_entries, reduce_cache
+from laco.families.reduction.cache import ReducedCacheLayer, check_cache, counting_entries, reduce_cache
 from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns
 from laco.families.reduction.kept import entry
 from laco.families.reduction.lesson import LESSON
@@ -81,6 +81,7 @@ class ReducedLanguageModel(PreTrainedModel):
         if prompt is not None and (prompt.ids_BL.shape != (batch, length) or not prompt.visual_BL.any()):
             prompt = None
         if isinstance(self.selector, QuestionSelector) and prompt is not None:
+            check_cache(past_key_values)
             inputs_embeds = without_rest(self, prompt, inputs_embeds, attention_mask, position_ids, kwargs)
         keep_BL = ~inputs_embeds[..., 0].isnan()
         first = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
@@ -97,6 +98,7 @@ class ReducedLanguageModel(PreTrainedModel):
                 **kwargs,
             )
 
+        check_cache(past_key_values)
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
         entered = entry(
             keep_BL,

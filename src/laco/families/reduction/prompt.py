@@ -128,8 +128,13 @@ def knowing(model: Any, inputs: Any) -> Iterator[None]:
         yield
 
 
-def prompt_of(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Prompt:
-    """The prompt of a call. `ANSWERS` is the prompt's length in `generate`, or the labels in training."""
+def prompt_of(model: Any, input_ids: Tensor, attention_mask: Any) -> Prompt:
+    """The prompt of a call. `ANSWERS` is the prompt's length in `generate`, or the labels in training.
+
+    An `attention_mask` that `generate` has made ready for each kind of layer comes with a cache that `check_cache`
+    refuses, unless nothing is dropped.
+    """
+    mask = attention_mask if isinstance(attention_mask, Tensor) else None
     config = model.config
     placeholders = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
     visual_BL = torch.isin(
@@ -137,14 +142,14 @@ def prompt_of(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> P
     )
     length = input_ids.shape[1]
     real_BL = torch.ones_like(visual_BL)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        real_BL = attention_mask[:, -length:].bool()
+    if mask is not None and mask.ndim == 2:
+        real_BL = mask[:, -length:].bool()
     answers, said_BL = ANSWERS.get(), torch.zeros_like(visual_BL)
     if isinstance(answers, int):
         said_BL[:, answers:] = True
     elif answers is not None and answers.shape == input_ids.shape:
         said_BL = answers >= 0
-        if attention_mask is not None and attention_mask.ndim == 4:  # no text comes behind the last answer: padding
+        if mask is not None and mask.ndim == 4:  # no text comes behind the last answer: padding
             real_BL = said_BL.flip(1).cumsum(dim=1).flip(1) > 0 | ~said_BL.any(dim=1, keepdim=True)
     end_B = torch.where(said_BL.any(dim=1), said_BL.int().argmax(dim=1), length)
     return Prompt(input_ids, visual_BL, real_BL, said_BL, end_B, model.get_input_embeddings())
