@@ -106,7 +106,8 @@ def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> No
         if isinstance(layer, ReducedCacheLayer):
             continue
         held: Any = layer
-        held.__class__ = reduced(type(held))
+        kind: Any = type(layer)
+        held.__class__ = reduced(kind)
         held.columns_BK = held.computed_BK = torch.arange(read, device=device).repeat(batch, 1)
         held.read, held.moved_B = read, torch.zeros(batch, dtype=torch.long, device=device)
 
