@@ -66,6 +66,17 @@ def test_plans_are_matrices_of_existing_tokens(cls):
     assert plan(rows.bfloat16()).dtype == torch.bfloat16
 
 
+@every
+def test_under_autocast(cls):
+    given = signals(Grid(4, 5, 6))
+    rows = given.tokens if cls.applies_to == "tokens" else given.features
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = cls()(given)
+    assert plan(rows).isfinite().all()
+    if cls.static_count:
+        assert len(plan.kept) == len(cls()(given).kept)
+
+
 @budgeted
 @pytest.mark.parametrize("keep", [1, 7, 20, 47, 0.25, 0.5])
 def test_the_budget_is_kept(cls, keep):
