@@ -28,6 +28,8 @@ sys.path[:0] = [str(Path(__file__).parent)]
 # These take tensors of two devices on every accelerator, as does indexing by a tensor of the CPU.
 MIX = {"aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 
+LIBRARY = torch.library.Library("aten", "IMPL")  # what is registered in it stays as long as it lives
+
 
 class FarTensor(Tensor):
     near: Tensor
@@ -96,7 +98,6 @@ def copy(x: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
 def start() -> None:
     """Makes the device known. What torch itself asks of it, outside of every dispatch mode, is registered."""
     _setup_privateuseone_for_python_backend("far")
-    library = torch.library.Library("aten", "IMPL")
 
     def empty(size: Any, *stride: Any, dtype: Any = None, **_: Any) -> Tensor:
         return FarTensor((torch.empty_strided if stride else torch.empty)(size, *stride, dtype=dtype))
@@ -107,8 +108,7 @@ def start() -> None:
         "_copy_from": copy,
         "_local_scalar_dense": lambda x: x.near.item(),
     }.items():
-        library.impl(name, kernel, "PrivateUse1")
-    globals()["LIBRARY"] = library  # registered as long as it lives
+        LIBRARY.impl(name, kernel, "PrivateUse1")
 
 
 def far_module(module: nn.Module) -> None:
