@@ -35,6 +35,14 @@ def masks() -> dict[str, tuple[Tensor | None, Tensor | None]]:
     }
 
 
+def test_autocast_changes_nothing():
+    q, k = (x.float() for x in queries_keys())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen, got = rows(q, k), received(q, k)
+    assert torch.equal(seen, rows(q, k))
+    assert torch.equal(got, received(q, k))
+
+
 @pytest.mark.parametrize("mask", ["none", "sizes", "hidden keys", "hidden pairs"])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_they_equal_the_whole_softmax(mask, scaling):

@@ -9,6 +9,8 @@ sharing one of keys; d channels of a head.
 import torch
 from torch import Tensor
 
+from laco.precision import without_autocast
+
 
 def rows(q_BHMd: Tensor, k_BGNd: Tensor, scaling: float | None = None, mask: Tensor | None = None) -> Tensor:
     """(B, H, M, N) softmax attention of some queries, in float32 at least. It has a gradient.
@@ -22,7 +24,8 @@ def rows(q_BHMd: Tensor, k_BGNd: Tensor, scaling: float | None = None, mask: Ten
     wide = torch.promote_types(q_BHMd.dtype, torch.float32)
     scaling = q_BHMd.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = q_BHMd.to(wide).reshape(len(q_BHMd), k_BGNd.shape[1], -1, q_BHMd.shape[-1]) * scaling
-    logits_BHMN = (grouped @ k_BGNd.to(wide).mT).view(*q_BHMd.shape[:3], -1)
+    with without_autocast(grouped.device):
+        logits_BHMN = (grouped @ k_BGNd.to(wide).mT).view(*q_BHMd.shape[:3], -1)
     if mask is not None and mask.dtype == torch.bool:
         logits_BHMN = logits_BHMN.masked_fill(~mask, -torch.inf)
     elif mask is not None:

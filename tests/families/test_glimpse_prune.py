@@ -111,7 +111,7 @@ def by_hand(name: str, module: Any, prompt: Any) -> tuple[Tensor, Tensor]:
     maps, grids = pictures_by_hand(name, stock, batch)
     features = out.attentions[POINT - 1][0, :, -1].log()[:, columns].T
     with torch.no_grad():
-        stays = METHOD.stays(module.head(features, maps, grids), grids)
+        stays = METHOD.stays(module.head(features, maps, grids))
     there = torch.ones(length, dtype=torch.bool)
     there[columns[~stays]] = False
     language_model.layers = language_model.layers[POINT:]

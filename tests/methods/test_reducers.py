@@ -111,6 +111,26 @@ def test_match(prefix: int, tokens: int, amount: int) -> None:
     assert torch.equal(merge.kept_BK[:, :prefix], torch.arange(prefix).expand(2, -1))
 
 
+def test_autocast_changes_no_match() -> None:
+    """Cosines that bfloat16 cannot tell apart."""
+    metric = (rand(1, 1, 64) + 0.3 * rand(2, 101, 64, seed=1)).float()
+    wanted = match(metric, 40, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(match(metric, 40, 1).slot_BN, wanted.slot_BN)
+
+
+def test_autocast_changes_no_package() -> None:
+    method, x = SPViT(layer=1, strict_reference=True), rand(2, 20, WIDTH).float()
+    module = method.build(WIDTH).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, packed = method.mask(x, method.start(x, LAYERS), module)
+    dropped = (packed.slot_BS == 20).float()
+    assert dropped.sum() > 0
+    assert y.dtype == torch.float32
+    assert torch.equal(y[:, :-1], x)
+    assert (y[:, -1] != y[:, -1].bfloat16()).any()
+
+
 def test_match_with_penalty_and_by_score() -> None:
     metric, penalty = rand(1, 12, 3), rand(1, 12, seed=3).abs()
     groups = slow_match(metric[0], 3, 1, penalty[0])
@@ -286,6 +306,13 @@ def test_folder_log_size() -> None:
         (y, _), (means, _), (usual, _) = (m.after_layers(x, m.start(x, 2)) for m in (strict, bare, default))
         assert torch.equal(y, usual if factor else means)
     assert most(577, 1) == 288
+
+
+def test_folder_settings() -> None:
+    with pytest.raises(LacoError, match="alpha is a weight, 0 or more; got nan"):
+        Folder(alpha=math.nan)
+    with pytest.raises(LacoError, match="takes neither depth nor layer"):
+        Folder(form="features", layer=2)
 
 
 def test_folder_counts() -> None:
@@ -546,6 +573,13 @@ def test_ipcv_neighbours_of_other_pictures() -> None:
         picture = memory.neighbours_BRT // memory.kept_BK.shape[1]
         own = picture == torch.arange(2)[:, None, None]
         assert own.all() if not strict else 0 < own.sum() < own.numel()
+
+
+def test_ipcv_counts() -> None:
+    """0.35 * 180 is 62.99... in binary fractions."""
+    assert IPCV().left(180) == 63
+    assert IPCV(strict_reference=True).left(180) == 62
+    assert IPCV(keep=0.5).left(7) == 3
 
 
 def test_ipcv_frames() -> None:

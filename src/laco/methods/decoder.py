@@ -20,6 +20,7 @@ from laco.errors import LacoError
 from laco.grid import Grid
 from laco.methods.base import MergerModule, Method, Place
 from laco.methods.selector import Plan, Positions
+from laco.precision import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +253,10 @@ class DecoderMethod(Method):
         if not len(signals.visual):
             return Plan(signals.visual)
         with torch.no_grad():
-            return self.plan(signals, stage, module)
+            if module is not None:
+                return self.plan(signals, stage, module)
+            with without_autocast(signals.visual.device):
+                return self.plan(signals, stage, None)
 
     @abstractmethod
     def plan(self, signals: DecoderSignals, stage: int, module: MergerModule | None) -> Plan:
@@ -296,7 +300,8 @@ def attention_logits(
     heads, _, width = queries_HMd.shape
     scaling = width**-0.5 if scaling is None else scaling
     grouped = queries_HMd.float().view(len(keys_GLd), -1, width)
-    logits_HML = (grouped @ keys_GLd.float().mT * scaling).view(heads, -1, keys_GLd.shape[1])
+    with without_autocast(grouped.device):
+        logits_HML = (grouped @ keys_GLd.float().mT * scaling).view(heads, -1, keys_GLd.shape[1])
     if visible_ML is None:
         visible_ML = torch.arange(keys_GLd.shape[1], device=rows_M.device) <= rows_M[:, None]
     return logits_HML.masked_fill(~visible_ML, -torch.inf)

@@ -45,6 +45,10 @@ class EViT(Reducer):
         if not 0 < self.keep <= 1:
             raise LacoError(f"evit: keep is a fraction of the visual tokens in (0, 1]; got {self.keep}")
 
+    @property
+    def drops(self) -> bool:
+        return not self.fuse and self.keep < 1
+
     def layers(self, num_layers: int, last: int | None = None) -> tuple[int, ...]:
         return self.points(num_layers, last, (1 / 4, 1 / 2, 3 / 4))
 

@@ -34,13 +34,16 @@ class EVS(Selector):
     def rounding(count: float) -> int:
         return int(count)
 
+    def left(self, tokens: int, prefix: int = 0, frames: int = 1) -> int:
+        return max(tokens // frames, self.budget(tokens))
+
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
         frames, size = signals.grid.frames, signals.grid.height * signals.grid.width
         x_FnD = torch.nn.functional.normalize(signals.tokens.float(), dim=-1).view(frames, size, -1)
         change_Fn = signals.tokens.new_full((frames, size), torch.inf, dtype=torch.float)
         change_Fn[1:] = 1 - (x_FnD[1:] * x_FnD[:-1]).sum(dim=-1)
-        count = max(size, self.budget(signals.grid.tokens))
+        count = self.left(signals.grid.tokens, frames=frames)
         order = change_Fn.flatten().argsort(descending=True, stable=True)
         return Plan(order[:count].sort().values)
 

@@ -106,7 +106,8 @@ class RelevancePredictor(MergerModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The first channel of every layer hands on its input, and the result is that channel: the attention, exactly.
+        """The first channel of every layer hands on its input, and the result is that channel: the attention, exactly
+        (but for rounding in models of less than float32).
 
         All others begin at random (He et al.: nothing else keeps their size over ten convolutions without norms), so
         that they are there when training wants them.

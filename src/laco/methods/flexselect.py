@@ -126,22 +126,30 @@ class FlexSelect(QuestionSelector):
             raise LacoError("flexselect: lite needs the module that its build gives")
         return self.best(signals, self.scores(signals).view(signals.grid.frames, -1))
 
+    def left(self, tokens: int, prefix: int = 0, frames: int = 1) -> int:
+        return sum(self.shares(tokens, frames))
+
+    def shares(self, tokens: int, frames: int) -> list[int]:
+        """How many tokens stay of each of the `groups`."""
+        size, budget, groups = tokens // frames, self.budget(tokens), self.groups(frames)
+        if self.whole_frames:
+            budget = min(ceil(budget / size) * size, tokens)
+        if budget == tokens:
+            return [len(group) * size for group in groups]
+        shares, rest = [], budget
+        for left, group in zip(range(len(groups), 0, -1), reversed(groups), strict=True):  # the smallest comes first
+            shares.append(min(budget // len(groups) if self.strict_reference else rest // left, len(group) * size))
+            rest -= shares[-1]
+        return shares[::-1]
+
     def best(self, signals: Signals, score_Fn: Tensor) -> Plan:
         """The plan by (frames, tokens of one) scores."""
         frames, total = signals.grid.frames, signals.grid.tokens
-        size, budget = total // frames, self.budget(total)
-        if self.whole_frames:
-            budget = min(ceil(budget / size) * size, total)
-        index_Fn = torch.arange(total, device=score_Fn.device).view(frames, size)
-        groups = self.groups(frames)
-        if budget == total:
-            return Plan(index_Fn.flatten())
-        kept, rest = [], budget
-        for left, group in zip(range(len(groups), 0, -1), reversed(groups), strict=True):  # the smallest comes first
-            share = min(budget // len(groups) if self.strict_reference else rest // left, len(group) * size)
+        index_Fn = torch.arange(total, device=score_Fn.device).view(frames, -1)
+        kept = []
+        for group, share in zip(self.groups(frames), self.shares(total, frames), strict=True):
             best = score_Fn[group].flatten().argsort(descending=True, stable=True)[:share]
             kept.append(index_Fn[group].flatten()[best])
-            rest -= share
         return Plan(torch.cat(kept).sort().values)
 
 

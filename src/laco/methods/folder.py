@@ -57,6 +57,10 @@ class Folder(Reducer):
             raise LacoError(
                 f"folder: keep is a count of visual tokens, 1 or more, or a fraction in (0, 1]; got {self.keep}"
             )
+        if not self.alpha >= 0:  # NaN is not either
+            raise LacoError(f"folder: alpha is a weight, 0 or more; got {self.alpha}")
+        if self.form == "features" and (self.depth, self.layer) != (None, None):
+            raise LacoError("folder: the form features merges behind the last layer; it takes neither depth nor layer")
 
     def layers(self, num_layers: int, last: int | None = None) -> tuple[int, ...]:
         if self.form == "features":
@@ -86,7 +90,7 @@ class Folder(Reducer):
         assert signals.saliency_BN is not None
         tokens = x_BNC.shape[1] - state.prefix
         penalty_BN = 100 * self.alpha * at_least_float32(signals.saliency_BN)
-        merge = fold(signals.keys.mean(dim=1), tokens - self.left(tokens), state, penalty_BN)
+        merge = fold(at_least_float32(signals.keys).mean(dim=1), tokens - self.left(tokens), state, penalty_BN)
         return state.merged(x_BNC, merge)
 
     def after_layers(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:

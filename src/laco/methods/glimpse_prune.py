@@ -28,15 +28,15 @@ class GlimpsePrune(DecoderMethod):
     """After 19 of 28 layers, tokens leave the sequence *and* the cache of the layers before; so does the glimpse token.
 
     It stands behind the prompt, its position one past the last. In training nothing is dropped; the loss is the
-    language model's plus `localisation_loss`. Several pictures are judged one by one, line breaks between rows stay.
+    language model's plus `localisation_loss`. The head sees pictures one by one; line breaks between rows stay.
 
     In models, answers never see the glimpse token. In the authors' training they do, standing behind it, so that the
     language model's loss teaches the token as well; here, with a frozen language model, `localisation_loss` alone does.
 
     Args:
         threshold: probability above which a token stays.
-        keep: count or fraction of a picture's tokens that is never exceeded; 1.0 = no such limit.
-        at_least: tokens of a picture that stay in any case.
+        keep: count or fraction of a sample's visual tokens that is never exceeded; 1.0 = no such limit.
+        at_least: how many of a sample's visual tokens stay in any case.
         attention: `logits` (the authors' Qwen2.5-VL) or `log_softmax` over all keys (their LLaVA).
         width, condition, heads: of the head; its MLP has 2 * width channels.
     """
@@ -45,7 +45,7 @@ class GlimpsePrune(DecoderMethod):
     title: ClassVar[str] = "GlimpsePrune"
     paper: ClassVar[str] = "A Glimpse to Compress: Dynamic Visual Token Pruning for LVLMs, arXiv 2508.01548"
     confirmed: ClassVar[str] = "layer, glimpse token, head, rotary positions, selection rule, losses, initialisation"
-    assumed: ClassVar[str] = "the same relative depths in other models; the limits hold for each picture"
+    assumed: ClassVar[str] = "the same relative depths in other models"
     needs: ClassVar[frozenset[str]] = frozenset({"logits", "maps", "grids"})
     trained: ClassVar[bool] = True
     static_count: ClassVar[bool] = False
@@ -109,14 +109,10 @@ class GlimpsePrune(DecoderMethod):
         return localisation_loss(importance_N, mask_N, signals.grids)
 
     def plan(self, signals: DecoderSignals, stage: int, module: MergerModule | None) -> Plan:
-        assert signals.grids is not None
-        return Plan(self.stays(self.importance(signals, module), signals.grids).nonzero().flatten())
+        return Plan(self.stays(self.importance(signals, module)).nonzero().flatten())
 
-    def stays(self, importance_N: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N,) true for what stays, picture by picture."""
-        return torch.cat([self._stays(part) for part in importance_N.split([grid.tokens for grid in grids])])
-
-    def _stays(self, importance_N: Tensor) -> Tensor:
+    def stays(self, importance_N: Tensor) -> Tensor:
+        """(N,) true for what stays of a sample's visual tokens, the limits being those of all its pictures together."""
         probability_N, tokens, limit = importance_N.float().sigmoid(), len(importance_N), self.keeps[0]
         # The best come first, so that limits are lengths.
         number = int((probability_N > self.threshold).sum())

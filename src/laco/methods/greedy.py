@@ -1,4 +1,5 @@
-"""Greedy choices of K among N tokens that several methods share. Of equally good tokens the first is taken.
+"""Greedy choices of K among N tokens that several methods share. Of equally good tokens the first is taken; among
+what adds nothing any more, rounding decides in `coverage`.
 
 A pick a step, and nothing in a step waits for the device or looks at tokens one by one. Where a step needs a row of a
 matrix of products, `Product` makes the row and not the matrix.
@@ -142,7 +143,7 @@ def coverage(similarity_MN: Tensor, count: int, weight_N: Tensor | None = None, 
 
     A pick changes the gains only through the rows that it covers better than all picks before, and these become few:
     of random tokens 1 / k of all rows at pick k. What they lose is subtracted, in float64, so the picks are those of
-    the plain rule.
+    the plain rule until everything is covered; what fills up behind is any.
 
     Args:
         similarity_MN: how well token j covers what row i stands for.

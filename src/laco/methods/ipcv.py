@@ -49,7 +49,8 @@ class IPCV(Reducer):
         neighbours: T kept tokens that stand for a removed one, prefix tokens among them.
 
     `strict_reference`: neighbours are sought among the kept tokens of the whole batch, so that pictures depend on one
-    another; and of a packed sequence the first token of a frame is counted to the frame before (`lengths_left`).
+    another; a product like 0.35 * 180, which is slightly less than 63 in binary fractions, is rounded down to 62; and
+    of a packed sequence the first token of a frame is counted to the frame before (`lengths_left`).
     """
 
     name: ClassVar[str] = "ipcv"
@@ -82,7 +83,7 @@ class IPCV(Reducer):
         return tuple(range(first - 1, min(first + max(self.stabilise, 1), last)))
 
     def left(self, tokens: int, index: int = 0, num_layers: int = 0, last: int | None = None) -> int:
-        return max(int(tokens * self.keep), 1)
+        return max(int(tokens * self.keep if self.strict_reference else round(tokens * self.keep, 9)), 1)
 
     def layer_tokens(self, tokens: int, num_layers: int, last: int | None = None) -> list[LayerTokens]:
         first, kept = self.first(num_layers, last), self.left(tokens)

@@ -63,7 +63,7 @@ class PruMerge(Selector):
         assert signals.queries is not None
         q, k = (x.flatten(1)[None, None] for x in (signals.queries, signals.keys))
         attention_N = cls_rows(q, k)[0, 0] if signals.prefix else received(q, k)[0]
-        return attention_N[signals.prefix :].float()  # under autocast it comes in less
+        return attention_N[signals.prefix :].float()
 
     def at_ratio(self, signals: Signals, ratio: float, count: int) -> Plan:
         """The plan that keeps so many tokens by attention; `ratio`, what they are of all, gives the grid's step."""

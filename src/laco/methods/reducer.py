@@ -196,8 +196,8 @@ class Reducer(Method):
 
     Args:
         depth, layer: so many layers run before the first that reduces; without either, what the paper has.
-        strict_reference: with the quirks of the authors' code, which the class names; and the tokens leave the
-            encoder in the order in which that code leaves them, not in raster order.
+        strict_reference: with the quirks of the authors' code, which the class names; and tokens are given in the
+            order in which that code leaves them. In models they stand in raster order in any case.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
@@ -205,6 +205,11 @@ class Reducer(Method):
     moment: ClassVar[Literal["layer", "mlp"]] = "mlp"
 
     strict_reference: bool = False
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens leave without a trace. None may where a model joins neighbours behind the encoder."""
+        return False
 
     # What is known before any feature exists.
 

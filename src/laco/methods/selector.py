@@ -15,6 +15,7 @@ from torch import Tensor
 from laco.errors import LacoError
 from laco.grid import Grid
 from laco.methods.base import MergerModule, Method, Place
+from laco.precision import without_autocast
 
 Positions = Literal["keep", "renumber"]
 
@@ -74,11 +75,12 @@ class Signals:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens remain: out = W x, in the order given.
+    """Which tokens remain: out = W x, in the order of `kept`.
 
     Args:
-        kept: (K,) indices of the tokens that stay, or of those that stand for what was merged into them. In the
-            order in which the language model reads them; their positions are theirs.
+        kept: (K,) indices of the tokens that stay, or of those that stand for what was merged into them. In the order
+            in which the method, as published, hands them on. A model puts each at its place in the picture, so its
+            language model reads them in raster order.
         weights: (K, N) merging weights W; None = the tokens as they are.
     """
 
@@ -89,7 +91,8 @@ class Plan:
         """(N, C) -> (K, C), in the dtype of the tokens."""
         if self.weights is None:
             return x_NC[self.kept]
-        return (self.weights @ x_NC.to(self.weights.dtype)).to(x_NC.dtype)
+        with without_autocast(x_NC.device):
+            return (self.weights @ x_NC.to(self.weights.dtype)).to(x_NC.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,10 @@ class Selector(Method):
             raise LacoError(f"{self.name} cannot keep {self.keep} of {tokens} visual tokens")
         return self.keep
 
-    def left(self, tokens: int, prefix: int = 0) -> int:
-        """How many tokens the language model reads, of so many visual ones and an encoder's prefix tokens."""
+    def left(self, tokens: int, prefix: int = 0, frames: int = 1) -> int:
+        """How many tokens the language model reads, of so many visual ones in these frames and an encoder's prefix
+        tokens.
+        """
         return self.budget(tokens)
 
     def build(self, width: int) -> MergerModule | None:
@@ -166,7 +171,10 @@ class Selector(Method):
             if given is None:
                 raise LacoError(f"{self.name} needs {name}, which is not there")
         with torch.no_grad():
-            return self.plan(signals) if module is None else self.plan_with(signals, module)
+            if module is not None:
+                return self.plan_with(signals, module)
+            with without_autocast(signals.device):
+                return self.plan(signals)
 
     @abstractmethod
     def plan(self, signals: Signals) -> Plan:
@@ -180,4 +188,5 @@ class Selector(Method):
 def cosines(x_NC: Tensor, y_MC: Tensor | None = None) -> Tensor:
     """(N, M) cosines in float32; of the tokens with one another without `y`. Zero vectors are similar to none."""
     x = torch.nn.functional.normalize(x_NC.float(), dim=-1)
-    return x @ (x if y_MC is None else torch.nn.functional.normalize(y_MC.float(), dim=-1)).T
+    with without_autocast(x.device):
+        return x @ (x if y_MC is None else torch.nn.functional.normalize(y_MC.float(), dim=-1)).T

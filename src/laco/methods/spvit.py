@@ -19,6 +19,7 @@ from laco.errors import LacoError
 from laco.methods.base import MergerModule
 from laco.methods.reducer import LayerTokens, Merge, Reducer, State, at_least_float32, indices, take
 from laco.methods.window_attention import heads_for
+from laco.precision import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class SPViT(Reducer):
     on the picture; the loss draws it to `targets`.
 
     Args:
-        heads: of the selector; None = heads of 64 channels, as in the paper's DeiT. Their width is a multiple of 4.
+        heads: of the selector; None = heads of 64 channels, as in the paper's DeiT. Their width is even, 4 or more.
         targets: fraction of the visual tokens that is to be left after each of the layers.
 
     `strict_reference`: package tokens are sums, not means; decisions are drawn at random outside of training too;
@@ -115,7 +116,8 @@ class SPViT(Reducer):
         dropped_BN = policy_BN - keep_BN
 
         weight_BN = dropped_BN * F.pad(soft_BN2[..., 0], (prefix, 0))
-        package_BC = torch.einsum("bn,bnc->bc", weight_BN, at_least_float32(x_BNC).to(weight_BN.dtype))
+        with without_autocast(x_BNC.device):
+            package_BC = torch.einsum("bn,bnc->bc", weight_BN, at_least_float32(x_BNC).to(weight_BN.dtype))
         if not self.strict_reference:
             weight_B1 = weight_BN.sum(dim=1, keepdim=True)
             package_BC = package_BC / weight_B1.where(weight_B1 > 0, 1)  # of an empty one the gradient stays small, too

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from laco.errors import LacoError
 from laco.methods.reducer import LayerSignals, Merge, Reducer, State, at_least_float32, indices
+from laco.precision import without_autocast
 
 Order = Literal["split", "score", "index"]
 
@@ -92,7 +93,7 @@ class ToMe(Reducer):
         self.check(signals)
         assert signals.keys is not None
         order: Order = "score" if self.strict_reference and not state.prefix else "split"
-        merge = match(signals.keys.mean(dim=1), amount, state.prefix, order=order)
+        merge = match(at_least_float32(signals.keys).mean(dim=1), amount, state.prefix, order=order)
         return state.merged(x_BNC, merge)
 
 
@@ -115,7 +116,8 @@ def match(
     if amount <= 0:
         return Merge(place_BN, place_BN)
     metric_BNd = normalize(at_least_float32(metric_BNd.detach()), dim=-1)
-    score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
+    with without_autocast(metric_BNd.device):
+        score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
     if prefix > 1:
         score_BAB[:, :, : prefix // 2] = -torch.inf
     best_BA, partner_BA = score_BAB.max(dim=-1)

@@ -42,13 +42,16 @@ class VCast(Selector):
                 f" got {self.temperature} and {self.at_least}"
             )
 
+    def left(self, tokens: int, prefix: int = 0, frames: int = 1) -> int:
+        return max(self.budget(tokens), min(self.at_least, tokens // frames) * frames)
+
     def plan(self, signals: Signals) -> Plan:
         assert signals.tokens is not None
         frames, size = signals.grid.frames, signals.grid.height * signals.grid.width
         x_FnD = signals.tokens.float().view(frames, size, -1)
         means_FD = normalize(x_FnD.mean(dim=1), dim=-1)
         share_F = (curvature(means_FD) / self.temperature).softmax(dim=0)
-        counts = allocate(share_F, self.budget(frames * size), size, self.at_least, self.strict_reference)
+        counts = allocate(share_F, self.left(frames * size, frames=frames), size, self.at_least, self.strict_reference)
         score_Fn = distinct(x_FnD, means_FD)
         order_Fn = score_Fn.argsort(dim=1, descending=True, stable=True)
         chosen = [frame * size + order_Fn[frame, :count].sort().values for frame, count in enumerate(counts)]
@@ -72,9 +75,11 @@ def distinct(x_FnD: Tensor, means_FD: Tensor) -> Tensor:
 
 
 def allocate(share_F: Tensor, total: int, size: int, least: int, strict_reference: bool) -> list[int]:
-    """Splits `total` tokens over frames of `size`: `least` for each, the others by shares, at most all of a frame."""
+    """Splits `total` tokens over frames of `size`: `least` for each, the others by shares, at most all of a frame.
+
+    All get `least` tokens, or as many as they have; `total` must be enough for that.
+    """
     least = min(least, size)
-    total = max(total, least * len(share_F))
     ideal = [least + (total - least * len(share_F)) * share for share in share_F.tolist()]
     counts = [min(int(value), size) for value in ideal]
     remainder = [value % 1 for value in ideal]

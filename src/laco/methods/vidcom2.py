@@ -31,6 +31,7 @@ class VidCom2(Selector):
     confirmed: ClassVar[str] = "channels, Gaussian similarities, frame budgets, temperature 0.01, keep = 25 %, order"
     assumed: ClassVar[str] = "a count as `keep` is the fraction that it is of all tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    static_count: ClassVar[bool] = False  # of videos: every frame is rounded, and is full at some point
 
     temperature: float = 0.01
     strict_reference: bool = False

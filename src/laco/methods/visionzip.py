@@ -39,7 +39,7 @@ class VisionZip(Selector):
         if not 0 <= self.contextual <= 1:
             raise LacoError(f"visionzip: contextual is a share in 0 .. 1; got {self.contextual}")
 
-    def left(self, tokens: int, prefix: int = 0) -> int:
+    def left(self, tokens: int, prefix: int = 0, frames: int = 1) -> int:
         return min(self.budget(tokens) + prefix, tokens)
 
     def plan(self, signals: Signals) -> Plan:

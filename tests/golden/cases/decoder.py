@@ -264,7 +264,7 @@ def glimpseprune_vip(case: Case) -> Outputs:
         keep=1.0 if ratio is None else float(ratio), threshold=hyper["threshold"], at_least=hyper["min_remain"] or 0
     )
     logits = head(case["attn"], maps, grids)
-    return {"logits": logits, "keep": method.stays(logits, grids)}
+    return {"logits": logits, "keep": method.stays(logits)}
 
 
 CASES: dict[str, Callable[[Case], Outputs]] = {

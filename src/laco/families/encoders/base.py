@@ -21,7 +21,7 @@ from transformers.conversion_mapping import (
 )
 
 from laco.errors import LacoError
-from laco.families.encoders.reducing import ReducingVisionModel
+from laco.families.encoders.reducing import JOINED, ReducingVisionModel
 from laco.families.steps import Step, effective_patch_size, image_sides
 from laco.grid import Grid, merge_map, split_prefix
 from laco.methods import Merger, MergerModule, Reducer, from_dict
@@ -353,6 +353,8 @@ class Encoder:
             return self.configuration(config, {})
         if reason := self.why_not(config, reducer):
             raise LacoError(f"{reducer.name} cannot run inside {self.name}: {reason}")
+        if unmerge and reducer.drops:
+            raise LacoError(JOINED.format(reducer.name))
         reducer.layers(self.num_layers(config), last)  # refuses layers past the end
         record = json.loads(json.dumps(reducer.to_dict()))  # with lists for tuples, as it will be read
         return self.configuration(config, {"reducer": record, "reducer_last": last, "reducer_unmerge": unmerge})

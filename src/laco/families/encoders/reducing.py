@@ -26,6 +26,10 @@ from laco.families.encoders.halves import Attended, Halves
 from laco.methods import MergerModule, Reducer
 from laco.methods.reducer import LayerSignals, State, in_batch, take
 
+JOINED = (
+    "{} drops tokens inside the vision encoder, but the model joins neighbours behind it, of which none may be missing;"
+    " use a method that merges them"
+)
 # Behind every reducing layer that has run in this call of the encoder.
 STATES: ContextVar[list[State]] = ContextVar("laco_states")
 
@@ -198,10 +202,7 @@ class ReducingVisionModel(PreTrainedModel):
             outputs = run(*args, **kwargs, return_dict=True)
         state, unmerge, before = states[-1], config.reducer_unmerge, len(self.layers) - len(states)
         if unmerge and (state.slot_BS == state.size_BN.shape[1]).any():
-            raise LacoError(
-                f"{config.reducing_method.name} drops tokens inside the vision encoder, but the model joins neighbours"
-                " behind it, of which none may be missing; use a method that merges them"
-            )
+            raise LacoError(JOINED.format(config.reducing_method.name))
         outputs.last_hidden_state = on_full_grid(outputs.last_hidden_state, state, unmerge)
         if outputs.get("hidden_states") is not None:  # the first is what enters layer 0
             outputs.hidden_states = outputs.hidden_states[: before + 1] + tuple(
