@@ -320,6 +320,37 @@ NO_MERGERS = [
 ]
 
 
+@pytest.mark.parametrize("vision", ["siglip", "clip"])
+def test_a_window_merger_starts_from_the_layer_before(vision, tmp_path):
+    """Of every token alone, its layer is the merger: so of windows of one token, up to the activation."""
+    model, processor = tiny.llava(vision)
+    layer = family_of(model).encoder_kind(model.config).layers(family_of(model).encoder(model))[1]
+    layer.mlp.activation_fn = torch.nn.GELU(approximate="tanh")
+    laco.compress(model, processor, laco.WindowMerger(layer=2, factor=1, reuse=True))
+    merger = family_of(model).encoder(model).compressors()[2]
+    config = layer.self_attn.config
+    step = model.config.vision_config.steps[0].merger
+    assert (step.heads, step.ffn) == (config.num_attention_heads, config.intermediate_size)
+    token = torch.randn(5, 1, config.hidden_size)
+    attended = token + layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(token)))
+    wanted = attended + layer.mlp(layer.layer_norm2(attended))
+    with torch.no_grad():
+        torch.testing.assert_close(merger(token), wanted[:, 0], rtol=0, atol=3e-4)  # norms of another epsilon
+
+    with torch.no_grad():
+        merger.fc1.weight.mul_(2)  # a reload starts from what was learnt, not from the layer
+    model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(family_of(again).encoder(again).compressors()[2].fc1.weight, merger.fc1.weight)
+
+
+def test_a_window_merger_cannot_start_from_layers_that_are_more():
+    model, processor = tiny.CASES["llava-dinov2"].build()
+    with pytest.raises(laco.LacoError, match=r"no merger can start from a layer of dinov2.*leave reuse out"):
+        laco.compress(model, processor, laco.WindowMerger(layer=2, reuse=True))
+    assert not family_of(model).methods(model.config)
+
+
 @pytest.mark.parametrize("name", NO_MERGERS)
 def test_methods_that_are_no_mergers_go_in_and_out(name):
     model, processor = tiny.llava()

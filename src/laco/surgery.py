@@ -57,6 +57,10 @@ def compress(
             set_compression(model, processor, with_method(method, family, model.config))
             return model, processor
         step = place(method, family, model.config)
+        if step.merger.starts_from_layer:
+            kind = family.encoder_kind(model.config)
+            before = kind.layers(family.encoder(model))[step.layer - 1]
+            step = replace(step, merger=step.merger.like(kind.layer_parts(before)))
         if taken := [other for other in steps if other.layer == step.layer]:
             raise LacoError(f"the model is already compressed after layer {step.layer}, by {taken[0].merger.name}")
         steps = [*steps, step]
@@ -166,6 +170,8 @@ def new_encoder(old: Any, family: Family, config: PreTrainedConfig, compression:
         if step.place == "encoder" and step.layer not in present:
             merging = kind.layers(new)[step.layer - 1]
             merging.compressor = fresh(partial(step.merger.build, kind.width(settings)), like=old)
+            if step.merger.starts_from_layer:
+                merging.compressor.start_from(kind.layer_parts(merging))
     if reducer is not None:
         for index in new.compressors().keys() - present.keys():
             kind.layers(new)[index].compressor = fresh(partial(reducer.build, kind.width(settings)), like=old)

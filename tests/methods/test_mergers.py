@@ -1,6 +1,7 @@
 """One contract, tested on every registered merger: counts, gradient, batches, precision, initialisation."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from laco.errors import LacoError
 from laco.grid import ODD_RULES, Grid, merge_map, pool_map, to_windows
 from laco.methods import WTC, LaCo, Merger, PixelShuffle, RandomKeep, WindowMerger, registry
+from laco.methods.base import LayerParts
 
 WIDTH = 16
 SETTINGS: dict[str, list[dict]] = {
@@ -209,14 +211,24 @@ def test_window_merger_reuses_the_encoder_layer() -> None:
     fc1, fc2 = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
     for part in (norm1, norm2):
         filled(part)
-    module = WindowMerger(ffn=24).build(WIDTH)
-    module.reuse(norm1=norm1, q=q, k=k, v=v, out=out, norm2=norm2, fc1=fc1, fc2=fc2)
+    layer = LayerParts(2, norm1, q, k, v, out, norm2, fc1, fc2)
+    method = WindowMerger(reuse=True).like(layer)
+    assert (method.heads, method.ffn) == (2, 24)
+    module = method.build(WIDTH)
+    module.start_from(layer)
     token = torch.randn(5, 1, WIDTH)
     attended = token + out(v(norm1(token)))  # attention over equal tokens is the value of one
     wanted = attended + fc2(nn.functional.gelu(fc1(norm2(attended)), approximate="tanh"))
     torch.testing.assert_close(module(token.expand(-1, 4, -1)), wanted.squeeze(1))
-    with pytest.raises(LacoError, match="give ffn=24"):
-        WindowMerger().build(WIDTH).reuse(norm1=norm1, q=q, k=k, v=v, out=out, norm2=norm2, fc1=fc1, fc2=fc2)
+    assert module.attention.heads == 2
+    mlp = replace(method, attention=False).build(WIDTH)
+    mlp.start_from(layer)
+    wanted = token + fc2(nn.functional.gelu(fc1(norm2(token)), approximate="tanh"))
+    torch.testing.assert_close(mlp(token.expand(-1, 4, -1)), wanted.squeeze(1))
+    with pytest.raises(LacoError, match="an encoder layer with ffn=24; leave ffn out, or reuse"):
+        WindowMerger(reuse=True, ffn=48).like(layer)
+    with pytest.raises(LacoError, match="with heads=2"):
+        WindowMerger(reuse=True, heads=4).like(layer)
 
 
 def count(module: nn.Module) -> int:

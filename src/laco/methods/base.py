@@ -7,7 +7,7 @@ models and nothing of methods; `laco.surgery` brings both together.
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -106,6 +106,20 @@ class Method(ABC):
         return cls(**values)
 
 
+class LayerParts(NamedTuple):
+    """The modules of an encoder layer: x + out(attention(q, k, v of norm1(x))), then x + fc2(gelu(fc1(norm2(x))))."""
+
+    heads: int
+    norm1: nn.LayerNorm
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    out: nn.Linear
+    norm2: nn.LayerNorm
+    fc1: nn.Linear
+    fc2: nn.Linear
+
+
 class MergerModule(nn.Module):
     """What a merger builds: says what it `sees`, and initialises itself and everything below it.
 
@@ -120,6 +134,10 @@ class MergerModule(nn.Module):
         for part in self.modules():
             if part is not self and callable(reset := getattr(part, "reset_parameters", None)):
                 reset()
+
+    def start_from(self, layer: LayerParts) -> None:
+        """Initialises every parameter from the encoder layer before it, where the merger `starts_from_layer`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +170,15 @@ class Merger(Method):
         super().__post_init__()
         if self.factor < 1:
             raise LacoError(f"factor must be 1 or more; got {self.factor}")
+
+    @property
+    def starts_from_layer(self) -> bool:
+        """Whether its module starts from the parameters of the encoder layer before it."""
+        return False
+
+    def like(self, layer: LayerParts) -> Self:
+        """With the sizes of the encoder layer before it, where it `starts_from_layer`; `LacoError` if it has others."""
+        return self
 
     def num_tokens(self, grid: Grid) -> Grid:
         """The grid after merging, before any feature exists."""

@@ -6,14 +6,14 @@
 LN2 has joint statistics over all r^2 C channels. Without attention it is LaCo with a norm and a wide MLP.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from laco.errors import LacoError
-from laco.methods.base import Merger, MergerModule
+from laco.methods.base import LayerParts, Merger, MergerModule
 from laco.methods.window_attention import WindowAttention, heads_for
 
 
@@ -23,11 +23,12 @@ class WindowMerger(Merger):
 
     Args:
         attention: with the window attention, or only the MLP and the mean.
-        heads: attention heads; None = 16 as in SigLIP-so400m, on other widths gcd(16, width). To start from
-            an encoder layer (`WindowAttentionMerger.reuse`) it has to be the encoder's number.
+        heads: attention heads; None = 16 as in SigLIP-so400m, on other widths gcd(16, width).
         ffn: the hidden width per token, r^2 times as much in all; None = 4 C. SigLIP-so400m has 4304.
         zero_init: the last layers of attention and MLP start at zero, so that an inserted model starts as
             with average pooling and works at once.
+        reuse: they start from the encoder layer before instead, as in the paper, and have its `heads` and `ffn`.
+            Of encoders whose layers are plain ones, as those of SigLIP and CLIP are.
     """
 
     name: ClassVar[str] = "window_merger"
@@ -35,7 +36,7 @@ class WindowMerger(Merger):
     paper: ClassVar[str] = "LLaVA-UHD v4, arXiv 2605.08985"
     confirmed: ClassVar[str] = "layers, norms (eps 1e-6), tanh GELU, mean residual after the attention, parameter reuse"
     assumed: ClassVar[str] = (
-        "zero init without reuse; depth 1/4 (paper: k = 6 of 27); odd grids padded (reference refuses)"
+        "zero init unless `reuse`; depth 1/4 (paper: k = 6 of 27); odd grids padded (reference refuses)"
     )
     trained: ClassVar[bool] = True
     default_depth: ClassVar[float] = 1 / 4
@@ -44,11 +45,25 @@ class WindowMerger(Merger):
     heads: int | None = None
     ffn: int | None = None
     zero_init: bool = True
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ffn is not None and self.ffn < 1:
             raise LacoError(f"window_merger: ffn must be 1 or more; got {self.ffn}")
+
+    @property
+    def starts_from_layer(self) -> bool:
+        return self.reuse
+
+    def like(self, layer: LayerParts) -> Self:
+        sizes = {"heads": layer.heads, "ffn": layer.fc1.out_features}
+        for name, size in sizes.items():
+            if getattr(self, name) not in (None, size):
+                raise LacoError(
+                    f"window_merger: reuse starts from an encoder layer with {name}={size}; leave {name} out, or reuse"
+                )
+        return replace(self, heads=sizes["heads"], ffn=sizes["ffn"])
 
     def build(self, width: int) -> "WindowAttentionMerger":
         return WindowAttentionMerger(width, self)
@@ -86,36 +101,18 @@ class WindowAttentionMerger(MergerModule):
         return self.fc2(self.act(self.fc1(self.norm2(x_RC.flatten(-2))))) + x_RC.mean(dim=-2)
 
     @torch.no_grad()
-    def reuse(
-        self,
-        *,
-        norm1: nn.LayerNorm,
-        q: nn.Linear,
-        k: nn.Linear,
-        v: nn.Linear,
-        out: nn.Linear,
-        norm2: nn.LayerNorm,
-        fc1: nn.Linear,
-        fc2: nn.Linear,
-    ) -> None:
-        """Starts from the encoder layer before it: about "that layer on each token, then the mean".
+    def start_from(self, layer: LayerParts) -> None:
+        """About "that layer on each token, then the mean".
 
         Attention and its norm are copied; W1 is block-diagonal in the layer's first MLP matrix, W2 the mean
         of its second over the window's tokens; the second norm is repeated. Exact for windows of equal
-        tokens.
-
-        Raises:
-            LacoError: the layer's hidden width is not this merger's `ffn`.
+        tokens, where the layer's activation is the tanh form of GELU.
         """
+        norm2, fc1, fc2 = layer.norm2, layer.fc1, layer.fc2
         tokens = self.fc1.in_features // fc1.in_features
-        if self.fc1.out_features != tokens * fc1.out_features:
-            raise LacoError(
-                f"the encoder layer has a hidden width of {fc1.out_features}, the window merger of"
-                f" {self.fc1.out_features // tokens}; give ffn={fc1.out_features}"
-            )
         if self.attention:
-            self.norm1.load_state_dict(norm1.state_dict())
-            for mine, theirs in zip(self.attention.children(), (q, k, v, out), strict=True):
+            copies = zip((self.norm1, *self.attention.children()), layer[1:6], strict=True)
+            for mine, theirs in copies:
                 mine.load_state_dict(theirs.state_dict())
         self.norm2.weight.copy_(norm2.weight.repeat(tokens))
         self.norm2.bias.copy_(norm2.bias.repeat(tokens))

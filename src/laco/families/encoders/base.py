@@ -25,6 +25,7 @@ from laco.families.encoders.reducing import JOINED, ReducingVisionModel
 from laco.families.steps import Step, effective_patch_size, image_sides
 from laco.grid import Grid, merge_map, split_prefix
 from laco.methods import Merger, MergerModule, Reducer, from_dict
+from laco.methods.base import LayerParts
 
 Size = tuple[int, int]  # height and width of a picture in pixels
 
@@ -316,6 +317,16 @@ class Encoder:
         if self.compressed.halves is None:
             raise LacoError(f"{self.name} does not show queries and keys of its layers")
         return self.compressed.halves.queries_keys(layer, x_BNC)
+
+    def layer_parts(self, layer: nn.Module) -> LayerParts:
+        """The modules of a layer; `LacoError` where it is no plain one."""
+        halves = self.compressed.halves
+        if halves is None or (parts := halves.parts(layer)) is None:
+            raise LacoError(
+                f"no merger can start from a layer of {self.name}, which is more than norm, attention and an MLP of two"
+                " maps; leave reuse out"
+            )
+        return parts
 
     # Its configuration with other mergers, or with a reducer.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from laco.errors import LacoError
+from laco.methods.base import LayerParts
 
 Parts = tuple[str, ...]  # modules of a layer, one behind the other; a parameter among them is a factor
 Softmax = Callable[[Tensor], Tensor]
@@ -58,6 +59,18 @@ class Halves:
     values: Parts = ("self_attn.v_proj",)
     out: Parts = ("self_attn.out_proj",)
     feed_forward: Parts = ("layer_norm2", "mlp")
+
+    def parts(self, layer: nn.Module) -> LayerParts | None:
+        """The modules of a plain layer; None where there is more to it: other norms or maps, gates, factors."""
+        *norm2, mlp = self.feed_forward
+        paths = (self.norm, self.queries, self.keys, self.values, self.out, norm2, [f"{mlp}.fc1"], [f"{mlp}.fc2"])
+        modules = dict(layer.named_modules())
+        found: list[Any] = [modules.get(names[0]) if len(names) == 1 else None for names in paths]
+        kinds = [nn.LayerNorm if names in (self.norm, norm2) else nn.Linear for names in paths]
+        if not all(map(isinstance, found, kinds)):
+            return None
+        heads: int = attrgetter(self.attention)(layer).config.num_attention_heads
+        return LayerParts(heads, *found)
 
     def heads(self, layer: nn.Module, x_BNC: Tensor, *projections: Parts) -> list[Tensor]:
         """(B, H, N, d) by each of these projections, of tokens (B, N, C) that enter a layer."""
