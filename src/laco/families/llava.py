@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel,
 
 from laco.families.base import Family
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
-from laco.families.encoders import CLIP, SIGLIP
+from laco.families.encoders import AIMV2, CLIP, DINOV2, SIGLIP
 from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 from laco.families.reduction.pictures import Pictures
 from laco.grid import Grid
@@ -40,7 +40,7 @@ class Llava(Family):
     compressed = LacoLlavaForConditionalGeneration
     compressed_model = LacoLlavaModel
     compressed_config = LacoLlavaConfig
-    encoders = (SIGLIP, CLIP)
+    encoders = (SIGLIP, CLIP, AIMV2, DINOV2)
     connects = True
 
     def visual_tokens(self, config: Any, grid: Grid) -> int:
