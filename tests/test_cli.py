@@ -138,9 +138,10 @@ def test_compress_does_not_overwrite_unless_forced(run, refused, talker_director
         (["--factor", "4", "--set", "odd=error"], "factor 4 does not divide"),
         (["--method", "lacoo"], "there is no method 'lacoo'; did you mean 'laco'?"),
         (["--set", "hiden=3"], "laco has no setting 'hiden'"),
-        (["--set", "hidden=many"], "laco cannot have hidden=many"),
+        (["--set", "hidden=many"], "laco cannot have hidden=many: it should be a valid integer\n"),
         (["--set", "odd=maybe"], "laco cannot have odd=maybe"),
         (["--set", "odd"], "--set takes KEY=VALUE"),
+        (["--method", "div_prune", "--set", "keep=abc"], "keep=abc: it should be a valid integer or a valid number\n"),
         (["--method", "tome", "--set", "r=3,x"], "tome cannot have r=3,x"),
         (["--method", "tome", "--set", "r=[3"], "several values are given as [a,b] or a,b; got '[3'"),
         (["--method", "div_prune", "--set", "keep=37"], "div_prune cannot keep 37 of 36 visual tokens"),
@@ -220,6 +221,12 @@ def test_bad_models(refused, talker_directory, tmp_path, picture, monkeypatch):
     (tmp_path / "models").mkdir()
     assert "no model directory models/typo" in refused("compress", "models/typo", "-o", "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("question", ["", " \n\t"])
+def test_a_blank_question(refused, talker_directory, picture, question):
+    err = refused("ask", talker_directory, "--image", picture, question)
+    assert "the question is empty; ask something about the picture" in err
 
 
 @pytest.mark.parametrize(
