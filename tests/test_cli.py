@@ -70,10 +70,24 @@ def test_methods_and_families(run):
     assert [row["name"] for row in json.loads(out)] == list(registry())
     _, table, _ = run("methods")
     assert all(name in table for name in registry())
+    assert "laco methods NAME shows one in full" in table
+    assert {row["name"] for row in json.loads(out) if row["video_only"]} >= {"evs"}
     code, out, _ = run("families", "--json")
     assert {"llava", "llava_onevision"} <= {row["name"] for row in json.loads(out)}
     _, table, _ = run("families")
     assert "LlavaForConditionalGeneration" in table
+
+
+def test_one_method_in_full(run, refused):
+    code, out, err = run("methods", "glimpse_prune")
+    assert code == 0, err
+    for text in ("grids: rows and columns", "A Glimpse to Compress", "confirmed", "assumed", "threshold: 0.5"):
+        assert text in out
+    code, out, _ = run("methods", "div_prune", "--json")
+    told = json.loads(out)
+    assert told["settings"] == {"keep": 0.098, "positions": "keep"}
+    assert (told["static_count"], told["video_only"]) == (True, False)
+    assert "there is no method 'glimpse'; did you mean 'glimpse_prune'?" in refused("methods", "glimpse")
 
 
 def test_compress_ask_eval(run, talker_directory, tmp_path, picture):
@@ -328,7 +342,7 @@ def test_wrong_usage_is_exit_2_without_traceback(run, arguments):
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr("laco.methods.catalogue", lambda: 1 / 0)
+    monkeypatch.setattr("laco.describe.catalogue", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("methods")
 
@@ -337,7 +351,7 @@ def test_interrupt_is_130(run, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("laco.methods.catalogue", interrupt)
+    monkeypatch.setattr("laco.describe.catalogue", interrupt)
     assert run("methods")[0] == 130
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from laco.errors import LacoError
 
@@ -285,12 +286,22 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: laco methods --json")
-def methods(as_json: AsJson = False) -> None:
-    """List the compression methods."""
-    from laco.methods import catalogue
+@app.command(epilog="Example: laco methods fastv")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method in full; all if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the compression methods, or show one in full: needs, settings, what is confirmed and what assumed."""
+    from laco.describe import all_methods, describe
 
-    print_catalogue(catalogue(), as_json, ("name", "places", "needs", "trained", "static_count", "arxiv"))
+    if name is None:
+        print_catalogue(all_methods(), as_json, ("name", "places", "needs", "trained", "static_count", "arxiv"))
+        if not as_json:
+            out.print("laco methods NAME shows one in full: paper, what is confirmed and assumed, needs, settings")
+    elif as_json:
+        print_json(describe(name))
+    else:
+        print_method(describe(name))
 
 
 @app.command(epilog="Example: laco families --json")
@@ -389,6 +400,23 @@ def print_catalogue(rows: list[dict[str, Any]], as_json: bool, columns: tuple[st
         table.add_column(column.replace("_", " "), no_wrap=column in ("name", "arxiv"), overflow="fold")
     for row in rows:
         table.add_row(*(cell_text(row[column]) for column in columns))
+    out.print(table)
+
+
+def print_method(method: dict[str, Any]) -> None:
+    """One method, a line for each thing that is known of it."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key in ("title", "places", "needs", "trained", "static_count", "video_only", "paper", "confirmed", "assumed"):
+        value = method[key]
+        if isinstance(value, dict):
+            value = [f"{name}: {text}" for name, text in value.items()] or "nothing"
+        table.add_row(key.replace("_", " "), Text(cell_text(value)))
+    settings = [
+        f"{name}: {'not given' if value is None else json.dumps(value)}" for name, value in method["settings"].items()
+    ]
+    table.add_row("settings", Text(cell_text(settings)))
     out.print(table)
 
 
