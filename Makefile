@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 TRANSFORMERS ?= 5.16.1 5.19.0 newest
 DECIDED_BY_TRANSFORMERS := transformers|huggingface_hub|tokenizers|safetensors
 
-.PHONY: install demo test lint types unit golden families-table test-matrix clean
+.PHONY: install demo test lint types unit families-table test-matrix clean
 
 install: $(STAMP)
 

@@ -70,10 +70,24 @@ def test_methods_and_families(run):
     assert [row["name"] for row in json.loads(out)] == list(registry())
     _, table, _ = run("methods")
     assert all(name in table for name in registry())
+    assert "laco methods NAME shows one in full" in table
+    assert {row["name"] for row in json.loads(out) if row["video_only"]} >= {"evs"}
     code, out, _ = run("families", "--json")
     assert {"llava", "llava_onevision"} <= {row["name"] for row in json.loads(out)}
     _, table, _ = run("families")
     assert "LlavaForConditionalGeneration" in table
+
+
+def test_one_method_in_full(run, refused):
+    code, out, err = run("methods", "glimpse_prune")
+    assert code == 0, err
+    for text in ("grids: rows and columns", "A Glimpse to Compress", "confirmed", "assumed", "threshold: 0.5"):
+        assert text in out
+    code, out, _ = run("methods", "div_prune", "--json")
+    told = json.loads(out)
+    assert told["settings"] == {"keep": 0.098, "positions": "keep"}
+    assert (told["static_count"], told["video_only"]) == (True, False)
+    assert "there is no method 'glimpse'; did you mean 'glimpse_prune'?" in refused("methods", "glimpse")
 
 
 def test_compress_ask_eval(run, talker_directory, tmp_path, picture):
@@ -138,9 +152,10 @@ def test_compress_does_not_overwrite_unless_forced(run, refused, talker_director
         (["--factor", "4", "--set", "odd=error"], "factor 4 does not divide"),
         (["--method", "lacoo"], "there is no method 'lacoo'; did you mean 'laco'?"),
         (["--set", "hiden=3"], "laco has no setting 'hiden'"),
-        (["--set", "hidden=many"], "laco cannot have hidden=many"),
+        (["--set", "hidden=many"], "laco cannot have hidden=many: it should be a valid integer\n"),
         (["--set", "odd=maybe"], "laco cannot have odd=maybe"),
         (["--set", "odd"], "--set takes KEY=VALUE"),
+        (["--method", "div_prune", "--set", "keep=abc"], "keep=abc: it should be a valid integer or a valid number\n"),
         (["--method", "tome", "--set", "r=3,x"], "tome cannot have r=3,x"),
         (["--method", "tome", "--set", "r=[3"], "several values are given as [a,b] or a,b; got '[3'"),
         (["--method", "div_prune", "--set", "keep=37"], "div_prune cannot keep 37 of 36 visual tokens"),
@@ -220,6 +235,12 @@ def test_bad_models(refused, talker_directory, tmp_path, picture, monkeypatch):
     (tmp_path / "models").mkdir()
     assert "no model directory models/typo" in refused("compress", "models/typo", "-o", "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("question", ["", " \n\t"])
+def test_a_blank_question(refused, talker_directory, picture, question):
+    err = refused("ask", talker_directory, "--image", picture, question)
+    assert "the question is empty; ask something about the picture" in err
 
 
 @pytest.mark.parametrize(
@@ -321,7 +342,7 @@ def test_wrong_usage_is_exit_2_without_traceback(run, arguments):
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr("laco.methods.catalogue", lambda: 1 / 0)
+    monkeypatch.setattr("laco.describe.catalogue", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("methods")
 
@@ -330,7 +351,7 @@ def test_interrupt_is_130(run, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("laco.methods.catalogue", interrupt)
+    monkeypatch.setattr("laco.describe.catalogue", interrupt)
     assert run("methods")[0] == 130
 
 

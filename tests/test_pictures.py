@@ -7,7 +7,7 @@ from PIL import Image
 import tiny
 from laco.errors import LacoError
 from laco.evaluate.generation import encode
-from laco.pictures import open_picture
+from laco.pictures import down_sampled, open_picture
 
 RED, WHITE = (200, 30, 20), (255, 255, 255)
 
@@ -130,3 +130,12 @@ def test_odd_sizes_reach_the_model_as_they_are(tmp_path, size, vision):
     expected = (np.array(RED) / 255 - images.image_mean) / images.image_std
     np.testing.assert_allclose(given.numpy(), np.broadcast_to(expected[:, None, None], given.shape), atol=0.01)
     assert model(**inputs).logits.isfinite().all()
+
+
+def test_down_sampling_by_a_fraction_rounds_the_sides(monkeypatch):
+    """Half of the pixels: sides of 96 become 68; whole factors are as they were."""
+    picture, sizes, resize = tiny.picture(0, 96, 96), [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *way: sizes.append(size) or resize(self, size, *way))
+    assert [down_sampled(picture, factor).size for factor in (1.414, 2, 3, 4.0)] == [(96, 96)] * 4
+    assert sizes[::2] == [(68, 68), (48, 48), (32, 32), (24, 24)]
+    assert down_sampled(picture, 1) is picture

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from laco.errors import LacoError
 
@@ -114,7 +115,7 @@ def compress(
         raise LacoError(f"{output} exists already; give another name or --force")
 
     from laco.checkpoint import save_pretrained
-    from laco.evaluate.generation import check_videos
+    from laco.evaluate.generation import check_videos, visual_tokens
     from laco.surgery import compress as compress_model
 
     given = {"depth": parse_depth(depth), "layer": layer, "factor": factor}
@@ -232,10 +233,12 @@ def study(
     recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/zoo.yaml.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Instead of the recipe's output.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at a time, one thread each; one a core.")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row and the baselines.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Run only this row and the baselines.")] = None,
     timing: Annotated[bool, typer.Option("--timing", help="Measure times again; nothing else should run.")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the Markdown page goes.")] = None,
-    as_it_is: Annotated[bool, typer.Option("--as-it-is", help="Heal nothing; healing can follow later.")] = False,
+    as_it_is: Annotated[
+        bool, typer.Option("--as-it-is", help="Run what needs no healing; it can follow later.")
+    ] = False,
     finished: Annotated[bool, typer.Option("--finished", help="Start nothing; show what is there so far.")] = False,
     show_plan: Annotated[bool, typer.Option("--list", help="Show what would run, and run nothing.")] = False,
     as_json: AsJson = False,
@@ -246,21 +249,27 @@ def study(
     check_file(page)
     read = load_study(recipe, output=None if output is None else str(output))
     check_model(read.model)
-    if as_it_is:
-        read = read.model_copy(update={"heal": None})
     quiet()
     from laco.study import page as pages
     from laco.study import plan, run, write
 
     if show_plan:
-        listed = plan.listing(read, only or [])
+        listed = plan.listing(read, only or [], as_it_is)
         if as_json:
             print_json(listed)
         else:
             out.print(pages.plan_table(listed))
         return
     try:
-        results = run(read, jobs=jobs, retime=timing, only=only or [], finished=finished, progress=not as_json)
+        results = run(
+            read,
+            jobs=jobs,
+            retime=timing,
+            only=only or [],
+            as_it_is=as_it_is,
+            finished=finished,
+            progress=not as_json,
+        )
     except KeyboardInterrupt:
         print("laco: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -277,12 +286,22 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: laco methods --json")
-def methods(as_json: AsJson = False) -> None:
-    """List the compression methods."""
-    from laco.methods import catalogue
+@app.command(epilog="Example: laco methods fastv")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method in full; all if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the compression methods, or show one in full: needs, settings, what is confirmed and what assumed."""
+    from laco.describe import all_methods, describe
 
-    print_catalogue(catalogue(), as_json, ("name", "places", "needs", "trained", "static_count", "arxiv"))
+    if name is None:
+        print_catalogue(all_methods(), as_json, ("name", "places", "needs", "trained", "static_count", "arxiv"))
+        if not as_json:
+            out.print("laco methods NAME shows one in full: paper, what is confirmed and assumed, needs, settings")
+    elif as_json:
+        print_json(describe(name))
+    else:
+        print_method(describe(name))
 
 
 @app.command(epilog="Example: laco families --json")
@@ -323,31 +342,6 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def visual_tokens(model: Any, processor: Any) -> float | None:
-    """Visual tokens for one picture or tile; None where they depend on it, or it is refused, or the budget counts more,
-    as tiles of a picture or frames of a video may have them.
-
-    Raises:
-        LacoError: a budget counts more than the model can ever see at once.
-    """
-    from laco.families import family_of
-
-    family, config = family_of(model), model.config
-    if any(getattr(method, "video_only", False) for method in family.methods(config)):
-        return None
-    try:
-        grid = family.grid(config)
-    except LacoError:
-        return None
-    try:
-        return family.tokens_read(config, grid)
-    except LacoError:
-        splits = getattr(getattr(processor, "image_processor", None), "do_image_splitting", False)
-        if splits or getattr(processor, "video_token", None):
-            return None
-        raise
-
-
 def parse_depth(text: str | None) -> float | None:
     """A depth from "1/4" or "0.25"."""
     try:
@@ -361,6 +355,7 @@ def make_method(name: str, settings: dict[str, Any], texts: list[str]) -> Any:
     from pydantic import ValidationError
 
     from laco.methods import get
+    from laco.recipes import wanted
 
     method = get(name)
     hints = get_type_hints(method)
@@ -373,8 +368,7 @@ def make_method(name: str, settings: dict[str, Any], texts: list[str]) -> Any:
             try:
                 settings[key] = read_setting(hints[key], value)
             except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                raise LacoError(f"{name} cannot have {key}={value}: {problem[0].lower()}{problem[1:]}") from error
+                raise LacoError(f"{name} cannot have {key}={value}: it {wanted(error.errors())}") from error
     return method.from_fields(settings)
 
 
@@ -406,6 +400,23 @@ def print_catalogue(rows: list[dict[str, Any]], as_json: bool, columns: tuple[st
         table.add_column(column.replace("_", " "), no_wrap=column in ("name", "arxiv"), overflow="fold")
     for row in rows:
         table.add_row(*(cell_text(row[column]) for column in columns))
+    out.print(table)
+
+
+def print_method(method: dict[str, Any]) -> None:
+    """One method, a line for each thing that is known of it."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key in ("title", "places", "needs", "trained", "static_count", "video_only", "paper", "confirmed", "assumed"):
+        value = method[key]
+        if isinstance(value, dict):
+            value = [f"{name}: {text}" for name, text in value.items()] or "nothing"
+        table.add_row(key.replace("_", " "), Text(cell_text(value)))
+    settings = [
+        f"{name}: {'not given' if value is None else json.dumps(value)}" for name, value in method["settings"].items()
+    ]
+    table.add_row("settings", Text(cell_text(settings)))
     out.print(table)
 
 

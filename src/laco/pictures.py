@@ -75,13 +75,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def down_sampled(picture: Image.Image, factor: int) -> Image.Image:
+def down_sampled(picture: Image.Image, factor: float) -> Image.Image:
     """A picture at 1/factor of its resolution (mean of factor x factor pixels), enlarged to its size again.
 
-    The baseline that every compression has to beat: as little detail as 1/factor^2 of the tokens could hold.
+    The baseline that every compression has to beat: as little detail as 1/factor^2 of the tokens could hold. `factor`
+    is 1 or more; a side has a whole number of pixels, so it is rounded.
     """
     if factor == 1:
         return picture
     width, height = picture.size
-    small = picture.resize((max(width // factor, 1), max(height // factor, 1)), Image.Resampling.BOX)
+    small = picture.resize((max(round(width / factor), 1), max(round(height / factor), 1)), Image.Resampling.BOX)
     return small.resize((width, height), Image.Resampling.BICUBIC)

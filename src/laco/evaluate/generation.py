@@ -21,7 +21,7 @@ from transformers import BatchFeature, Cache
 import laco.frames  # noqa: F401  from here on AutoProcessor knows its processor
 from laco.data import Sample
 from laco.errors import LacoError
-from laco.families import FAMILIES
+from laco.families import FAMILIES, family_of
 from laco.families.compat import TAKES_FEATURES, encode_pictures
 from laco.families.reduction import computed_columns
 
@@ -39,8 +39,10 @@ def prompt(processor: Any, question: str, pictures: int = 1, video: bool = False
     `video`: the pictures are the frames of one video, for which one placeholder stands.
 
     Raises:
-        LacoError: a processor without videos is to ask about one; the question has a placeholder in it.
+        LacoError: a processor without videos is to ask about one; the question is blank, or has a placeholder in it.
     """
+    if not question.strip():
+        raise LacoError("the question is empty; ask something about the picture")
     for name in ("image_token", "video_token"):
         if (placeholder := getattr(processor, name, None)) and placeholder in question:
             raise LacoError(
@@ -66,6 +68,29 @@ def check_videos(model: Any, method: Any) -> None:
     """Raises `LacoError` for a method that is made for videos in a model that takes none as a whole."""
     if getattr(method, "video_only", False) and not _parameters(model, "video"):
         raise LacoError(f"{method.name} compares frames of videos, which this model does not take; take another method")
+
+
+def visual_tokens(model: Any, processor: Any) -> float | None:
+    """Visual tokens for one picture or tile; None where they depend on it, or it is refused, or the budget counts more,
+    as tiles of a picture or frames of a video may have them.
+
+    Raises:
+        LacoError: a budget counts more than the model can ever see at once.
+    """
+    family, config = family_of(model), model.config
+    if any(getattr(method, "video_only", False) for method in family.methods(config)):
+        return None
+    try:
+        grid = family.grid(config)
+    except LacoError:
+        return None
+    try:
+        return family.tokens_read(config, grid)
+    except LacoError:
+        splits = getattr(getattr(processor, "image_processor", None), "do_image_splitting", False)
+        if splits or getattr(processor, "video_token", None):
+            return None
+        raise
 
 
 def encode(

@@ -83,7 +83,7 @@ def trained_groups(job: Job) -> set[str]:
     return {group for group, _, _ in grouped(outline(job.protocol.model, job.method))}
 
 
-def with_less_detail(samples: Sequence[Sample], factor: int) -> list[Sample]:
+def with_less_detail(samples: Sequence[Sample], factor: float) -> list[Sample]:
     """The samples with pictures at 1/factor of the resolution; those that share a picture go on sharing it."""
     if factor == 1:
         return list(samples)

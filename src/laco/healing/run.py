@@ -183,22 +183,25 @@ def finished(directory: Path, job: Job) -> Outcome | None:
 
 def refusal(directory: Path, job: Job) -> str | None:
     """Why an earlier run of this very job could not be made, by what laco says."""
+    file = directory / REFUSAL
+    return file.read_text() if file.exists() and is_of(directory, job) else None
+
+
+def is_of(directory: Path, job: Job) -> bool:
+    """Whether a folder is that of this very job."""
     try:
-        is_same = Job.model_validate_json((directory / "job.json").read_text()) == job
-        return (directory / REFUSAL).read_text() if is_same else None
+        return Job.model_validate_json((directory / "job.json").read_text()) == job
     except (OSError, ValidationError):
-        return None
+        return False
 
 
 def prepare(directory: Path, job: Job) -> None:
     """A folder for the job; one of an interrupted run of the very same job is continued, any other replaced."""
-    description = job.model_dump_json(indent=1)
-    file = directory / "job.json"
-    if directory.exists() and not (file.exists() and file.read_text() == description):
+    if directory.exists() and not is_of(directory, job):
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / REFUSAL).unlink(missing_ok=True)
-    write_file(file, description)
+    write_file(directory / "job.json", job.model_dump_json(indent=1))
 
 
 def steps_done(directory: Path) -> int:

@@ -7,6 +7,7 @@ import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -32,13 +33,14 @@ class Variant(_Settings):
         name: label, unique in the study.
         method: settings of a method (`Method.to_dict`); None leaves the model uncompressed.
         heal: False evaluates as it is, without training.
-        down_sample: pictures are shown at 1/down_sample of the resolution, enlarged again, in healing and evaluation.
+        down_sample: 1 or more; pictures are shown at 1/down_sample of the resolution, enlarged again, in healing and
+            evaluation.
     """
 
     name: str
     method: dict[str, Any] | None = None
     heal: bool = True
-    down_sample: PositiveInt = 1
+    down_sample: float = Field(default=1, ge=1)
 
     @field_validator("method")
     @classmethod

@@ -1,6 +1,6 @@
 """What answering costs with every method: times in one interleaved run, when nothing else runs, and peak memory.
 
-Times are kept in a file of their own and taken again when another model, or another way of timing, is asked for.
+Times are kept in a file of their own and taken again for another model, another way of timing, or on another machine.
 """
 
 import json
@@ -64,7 +64,7 @@ class Cost(BaseModel):
 
 
 class Costs(BaseModel):
-    """All that was measured: by `key_of` a method, its cost, or why it could not be timed."""
+    """All that was measured: by `key_of` a method, its cost, or why it could not be timed, which no file keeps."""
 
     model: str
     data: str
@@ -99,7 +99,7 @@ def measure_costs(
         progress: shows bars on stderr.
     """
     costs = Costs(model=model, data=data, timing=timing, machine=machine(), found={})
-    if not again and (known := read_costs(file)) and (known.model, known.data, known.timing) == (model, data, timing):
+    if not again and (known := read_costs(file, model, timing, data)) and same_machine(known.machine, costs.machine):
         costs = known
     left = {key: method for method in methods if method and (key := key_of(method)) not in costs.found}
     keys = list(left)
@@ -119,15 +119,27 @@ def measure_costs(
                 costs.found[key] = str(error) if isinstance(error, LacoError) else repr(error)
         found = measure_block(calls, timing.rounds)
         costs.found |= {key: cost for key, cost in found.items() if key != "none" or "none" not in costs.found}
-        write_file(file, costs.model_dump_json(indent=1))
+        write_file(file, measured(costs).model_dump_json(indent=1))
     return costs
 
 
-def read_costs(file: Path) -> Costs | None:
+def measured(costs: Costs) -> Costs:
+    """Without what could not be timed: the next run tries again."""
+    return costs.model_copy(update={"found": {key: c for key, c in costs.found.items() if isinstance(c, Cost)}})
+
+
+def read_costs(file: Path, model: str, timing: Timing, data: str = "world") -> Costs | None:
+    """What a file has of a model, timed this way on this data; None if it has nothing of it."""
     try:
-        return Costs.model_validate_json(file.read_text())
+        costs = Costs.model_validate_json(file.read_text())
     except (OSError, ValidationError):
         return None
+    return measured(costs) if (costs.model, costs.timing, costs.data) == (model, timing, data) else None
+
+
+def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether times of both may stand side by side: all that `machine` notes is equal but for the version of laco."""
+    return {**one, "laco": None} == {**other, "laco": None}
 
 
 class Call:

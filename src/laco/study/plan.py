@@ -1,18 +1,20 @@
 """From a recipe to what is run: every row at every budget as a variant; and what a model cannot take, with reasons."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
-from laco.data import WORLDS, load_samples
+from laco.data import WORLDS, Sample, load_samples
 from laco.errors import LacoError
-from laco.evaluate.generation import check_videos
+from laco.evaluate.generation import check_videos, count_visual_tokens, encode, visual_tokens
 from laco.families import family_of_config
 from laco.healing import NONE, Variant, outline
 from laco.methods import DecoderMethod, Merger, Method, Reducer
-from laco.study.recipe import DOWN_SAMPLED, RANDOM, Row, StudyRecipe, factors, percent
+from laco.study.recipe import DOWN_SAMPLED, RANDOM, Row, StudyRecipe, area, down_sampling, percent
 from laco.surgery import compress
 
 Place = Literal["baseline", "encoder", "external", "language_model"]
@@ -42,28 +44,30 @@ def make_plan(recipe: StudyRecipe) -> Plan:
     Raises:
         LacoError: there is no such model, or there are no questions to judge on.
     """
-    find(recipe.protocol.model)
-    judge = recipe.judge
-    asked = load_samples(judge.data, limit=1 if judge.data in WORLDS else judge.samples, seed=judge.seed)
-    shows_videos = all(sample.video for sample in asked)
+    trial = Trial.of(recipe)
     cases = [Case("none", "baseline", None, NONE)]
     if recipe.heal:
         cases.append(Case("none", "baseline", None, Variant(name="none, healed")))
-    sides = factors(recipe.budgets)
+    sides = {budget: down_sampling(budget) for budget in recipe.budgets}
     if 2 not in sides.values():
         sides[1 / 4] = 2  # what it gets wrong are the hard questions
     for budget, side in sides.items():
-        cases += in_both_states(recipe, DOWN_SAMPLED, "baseline", budget, down_sample=side)
+        cases += in_both_states(recipe, DOWN_SAMPLED, "baseline", budget, {"down_sample": side}, down_sample=side)
     refused: dict[str, str] = {}
     for row, is_baseline in [(row, True) for row in baseline_rows()] + [(row, False) for row in recipe.rows]:
         reasons: dict[str, str] = {}
-        for budget, settings in row.at(recipe.budgets).items():
+        found: list[Case] = []
+        for budget, settings in row.at(recipe.budgets, partial(trial.left, row)).items():
             method = row.build(settings)
-            if reason := why_not(recipe.protocol.model, method, shows_videos):
+            if reason := trial.why_not(method):
                 reasons[f"{row.label} {percent(budget)}"] = reason
                 continue
             place = "baseline" if is_baseline else place_of(method)
-            cases += in_both_states(recipe, row.label, place, budget, row, method=method.to_dict())
+            given = {"method": row.method, **settings}
+            found += in_both_states(recipe, row.label, place, budget, given, row, method=method.to_dict())
+        if not found and not reasons:
+            reasons = {row.label: why_nothing(row, recipe.heal is not None)}
+        cases += found
         refused |= by_row(row.label, reasons)
     return Plan(cases, refused)
 
@@ -79,37 +83,88 @@ def baseline_rows() -> list[Row]:
 
 
 def in_both_states(
-    recipe: StudyRecipe, label: str, place: Place, budget: float, row: Row | None = None, **what: Any
+    recipe: StudyRecipe,
+    label: str,
+    place: Place,
+    budget: float,
+    given: Mapping[str, Any],
+    row: Row | None = None,
+    **what: Any,
 ) -> list[Case]:
-    """A row at a budget as it is and healed, as far as the recipe wants either."""
+    """A row at a budget as it is and healed, as far as the recipe wants either; `what` are fields of the variant."""
     name = f"{label} {percent(budget)}"
     found = [Variant(name=name, heal=False, **what)] if row is None or row.is_judged_as_it_is else []
     found += [Variant(name=f"{name}, healed", **what)] if recipe.heals(budget, row) else []
-    given = {"method": row.method, **row.at([budget])[budget]} if row else what
     text = ", ".join(f"{key}: {value}" for key, value in given.items())
     return [Case(label, place, budget, variant, text) for variant in found]
 
 
-def why_not(source: str, method: Method, shows_videos: bool) -> str | None:
-    """Why a method cannot stand in a model, or on pictures that are no videos; None if it can."""
-    model = outline(source)
-    try:
+def why_nothing(row: Row, heals: bool) -> str:
+    """Why a row that a model can take is neither judged as it is nor healed in a study that heals, or does not."""
+    reason = "has to be trained" if row.as_it_is is None else "is not to be judged as it is"
+    return f"{reason}, and this study heals {'it at none of its budgets' if heals else 'nothing'}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where methods are tried before anything runs: a model without its weights, and a question that it will be asked.
+
+    Args:
+        source: a directory, or a name on the hub.
+        processor: that of the model as it is.
+        sample: the question.
+        shows_videos: all that is asked is about videos.
+    """
+
+    source: str
+    processor: ProcessorMixin
+    sample: Sample
+    shows_videos: bool
+
+    @classmethod
+    def of(cls, recipe: StudyRecipe) -> Self:
+        """Raises `LacoError` if there is no such model, it is of no known family, or there is nothing to ask."""
+        source, judge = recipe.protocol.model, recipe.judge
+        try:
+            family = family_of_config(AutoConfig.from_pretrained(source))
+            processor = family.auto_processor.from_pretrained(source)
+        except LacoError:
+            raise
+        except (ImportError, OSError, ValueError) as error:
+            raise LacoError(f"cannot load {source}: {' '.join(str(error).split())}") from error
+        asked = load_samples(judge.data, limit=1 if judge.data in WORLDS else judge.samples, seed=judge.seed)
+        return cls(source, processor, asked[0], all(sample.video for sample in asked))
+
+    def compressed(self, method: Method) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """The model with a method in it; `LacoError` if it cannot stand there, or not on what is asked."""
+        model, processor = outline(self.source), deepcopy(self.processor)
         check_videos(model, method)
-        if getattr(method, "video_only", False) and not shows_videos:
-            return f"{method.name} compares frames of videos, but it is judged on pictures"
-        compress(model, None, method)
-    except LacoError as error:
-        return str(error)
-    return None
+        if getattr(method, "video_only", False) and not self.shows_videos:
+            raise LacoError(f"{method.name} compares frames of videos, but it is judged on pictures")
+        compress(model, processor, method)
+        visual_tokens(model, processor)  # raises where a budget counts more than there are
+        return model, processor
 
+    def why_not(self, method: Method) -> str | None:
+        """Why a method cannot be judged; None if it can."""
+        try:
+            self.compressed(method)
+        except LacoError as error:
+            return str(error)
+        return None
 
-def find(source: str) -> None:
-    """Raises `LacoError` if there is no such model, or it is of no known family."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise LacoError(f"there is no model {source}: {' '.join(str(error).split())}") from error
-    family_of_config(config)
+    def left(self, row: Row, factor: int) -> float:
+        """Which fraction of the visual tokens a method leaves by windows of a side."""
+        try:
+            compressed = self.compressed(row.build({**row.settings, "factor": factor}))
+        except LacoError:  # the reason is told at the budget that such windows would be for
+            return area(factor)
+        return self.tokens(*compressed) / self.tokens(outline(self.source), self.processor)
+
+    def tokens(self, model: PreTrainedModel, processor: ProcessorMixin) -> float:
+        """Visual tokens of the question."""
+        asked = self.sample
+        return count_visual_tokens(model, encode(processor, [asked.question], [asked.pictures()], [asked.video]))[0]
 
 
 def place_of(method: Method) -> Place:
@@ -147,16 +202,28 @@ def chosen(plan: Plan, names: Sequence[str]) -> Plan:
     return Plan(cases, refused)
 
 
+def without_healing(plan: Plan, recipe: StudyRecipe) -> Plan:
+    """What is judged as it is; rows that have nothing of it are among those that cannot."""
+    cases = [case for case in plan.cases if not case.variant.heal]
+    dropped = {case.row for case in plan.cases} - {case.row for case in cases}
+    reasons = {row.label: why_nothing(row, heals=False) for row in recipe.rows if row.label in dropped}
+    return Plan(cases, plan.refused | reasons)
+
+
 def check_healing(recipe: StudyRecipe) -> None:
     """Raises `LacoError` if there is nothing to heal on; a study that is finished needs it no more."""
     if recipe.heal is not None:
         load_samples(recipe.heal.data, limit=1)
 
 
-def listing(recipe: StudyRecipe, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def listing(recipe: StudyRecipe, only: Sequence[str] = (), as_it_is: bool = False) -> list[dict[str, Any]]:
     """What a study would run: {row, budget, as_it_is, healed (numbers of runs), settings, cannot (the reason)}."""
-    check_healing(recipe)
-    plan = chosen(make_plan(recipe), only)
+    plan = make_plan(recipe)
+    if as_it_is:
+        plan = without_healing(plan, recipe)
+    else:
+        check_healing(recipe)
+    plan = chosen(plan, only)
     rows: dict[tuple[str, float | None], dict[str, Any]] = {}
     for case in plan.cases:
         start = {"row": case.row, "budget": case.budget, "as_it_is": 0, "healed": 0}

@@ -1,11 +1,11 @@
-"""What a study is: a YAML file read into these models. An unknown key is an error naming the nearest known."""
+"""What a study is: a YAML file read into these models."""
 
+from collections.abc import Callable
 from dataclasses import fields
-from difflib import get_close_matches
+from math import log
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -14,7 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -22,13 +22,16 @@ from laco.errors import LacoError
 from laco.healing import Protocol
 from laco.healing.variants import slug
 from laco.methods import Merger, Method, get
+from laco.recipes import Strict, load, nearest, parse
+
+
+def area(side: int) -> float:
+    """Which fraction of visual tokens windows of a side leave on a grid that they divide."""
+    return side**-2
+
 
 RANDOM, DOWN_SAMPLED = "random", "down-sampled input"
 BASELINES = ("none", DOWN_SAMPLED, RANDOM, "uniform stride", "average pool")  # rows that every study has
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Row(BaseModel):
@@ -38,8 +41,8 @@ class Row(BaseModel):
         method: its name, see `laco methods`.
         name: in tables; by default the method's, with its depth.
         budgets: how the method comes to a budget. The name of a setting that gets the budget as it is, a fraction
-            (`keep`); `factor`, which gets the window side r whose 1/r^2 comes nearest; or {budget: settings} for what
-            takes more than that. A budget that is left out, or that a factor comes nearer to elsewhere, has no row.
+            (`keep`); `factor`, which gets the window side r that leaves nearest to it; or {budget: settings} for what
+            takes more than that. A budget that is left out, or whose factor comes nearer to another, has no row.
         as_it_is: whether it is judged without training; by default if it has nothing to train.
         heal: whether it is judged after healing, too, or at which budgets only.
     """
@@ -52,16 +55,30 @@ class Row(BaseModel):
     as_it_is: bool | None = None
     heal: bool | list[float] = True
 
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _names_budgets(cls, budgets: Any) -> Any:
+        """Said here in one sentence; what does not fit a union would be said of each of its types."""
+        if isinstance(budgets, str):
+            return budgets
+        if not isinstance(budgets, dict) or not budgets:
+            told = "nothing" if budgets is None else budgets
+            raise ValueError(f"give the name of the setting that gets each budget, or {{budget: settings}}; got {told}")
+        for budget, settings in budgets.items():
+            if not isinstance(budget, int | float):
+                raise ValueError(f"a budget is a fraction of the visual tokens, such as 0.25; got {budget}")
+            if not isinstance(settings, dict):
+                raise ValueError(f"the budget {budget} needs settings, such as {{keep: {budget}}}; got {settings}")
+        return budgets
+
     @model_validator(mode="after")
     def _fits_the_method(self) -> "Row":
         known = [field.name for field in fields(get(self.method))]
         for key in self.settings:
-            check_key(key, [*known, *Row.model_fields], self.method)
-        if isinstance(self.budgets, str):
-            check_key(self.budgets, known, f"{self.method}, budgets")
-        else:
-            for key in {key for settings in self.budgets.values() for key in settings}:
-                check_key(key, known, f"{self.method}, budgets")
+            check_key(key, [*known, *Row.model_fields])
+        settings = [{self.budgets: None}] if isinstance(self.budgets, str) else self.budgets.values()
+        for key in (key for given in settings for key in given):
+            check_key(key, known, " in budgets")
         return self
 
     @property
@@ -82,12 +99,16 @@ class Row(BaseModel):
     def is_judged_as_it_is(self) -> bool:
         return not get(self.method).trained if self.as_it_is is None else self.as_it_is
 
-    def at(self, budgets: list[float]) -> dict[float, dict[str, Any]]:
-        """{budget: all settings that the recipe gives} for those budgets that it has a row at."""
+    def at(self, budgets: list[float], left: Callable[[int], float] = area) -> dict[float, dict[str, Any]]:
+        """{budget: all settings that the recipe gives} for those budgets that it has a row at.
+
+        Args:
+            left: which fraction of the visual tokens windows of a side leave.
+        """
         if isinstance(self.budgets, dict):
             own = {budget: self.budgets[budget] for budget in budgets if budget in self.budgets}
         elif self.budgets == "factor":
-            own = {budget: {"factor": factor} for budget, factor in factors(budgets).items()}
+            own = {budget: {"factor": factor} for budget, factor in factors(budgets, left).items()}
         else:
             own = {budget: {self.budgets: budget} for budget in budgets}
         return {budget: {**self.settings, **settings} for budget, settings in own.items()}
@@ -96,7 +117,7 @@ class Row(BaseModel):
         return get(self.method).from_fields(settings)
 
 
-class Heal(_Strict):
+class Heal(Strict):
     """The short training, the same for all; see `laco.healing.Protocol`. `budgets`: where; everywhere if left out."""
 
     budgets: list[float] | None = None
@@ -110,7 +131,7 @@ class Heal(_Strict):
     distill: NonNegativeFloat = 0.0
 
 
-class Judge(_Strict):
+class Judge(Strict):
     """The questions that everything is asked."""
 
     data: str = "world"
@@ -118,14 +139,14 @@ class Judge(_Strict):
     samples: PositiveInt = 1000
 
 
-class Timing(_Strict):
+class Timing(Strict):
     """How times are taken: `rounds` of every method in turn, over `batch` pictures with a question each."""
 
     rounds: PositiveInt = 12
     batch: PositiveInt = 8
 
 
-class StudyRecipe(_Strict):
+class StudyRecipe(Strict):
     """A whole study. The baselines (none, random, uniform stride, average pool, down-sampled input) are always there.
 
     Args:
@@ -144,7 +165,7 @@ class StudyRecipe(_Strict):
     heal: Heal | None = None
     judge: Judge = Judge()
     timing: Timing | None = Timing()
-    rows: list[Row] = []
+    rows: list[Row] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _budgets_are_the_studys(self) -> "StudyRecipe":
@@ -203,52 +224,38 @@ def percent(budget: float) -> str:
     return f"{100 * budget:.3g} %"
 
 
-def factors(budgets: list[float]) -> dict[float, int]:
-    """{budget: window side r > 1} with 1/r^2 nearest to the budget; each r only at the budget it comes nearest to."""
-    nearest = {budget: min(range(2, 33), key=lambda r: abs(r**-2 - budget)) for budget in budgets}
-    return {b: r for b, r in nearest.items() if b == min(budgets, key=lambda other: abs(r**-2 - other))}
+def factors(budgets: list[float], left: Callable[[int], float]) -> dict[float, int]:
+    """{budget: window side r > 1} that leaves what is nearest to the budget, as a ratio; what is left several times
+    (on a grid of 6 x 6, 2 x 2 tokens by r = 3, 4 and 5) only once, at the budget that it comes nearest to.
+    """
+    sides: dict[float, int] = {}
+    for r in range(2, 33):
+        sides.setdefault(left(r), r)
+        if min(sides) <= min(budgets):  # larger windows leave less
+            break
+    nearest = {budget: min(sides, key=lambda tokens: abs(log(tokens / budget))) for budget in budgets}
+    return {b: sides[t] for b, t in nearest.items() if b == min(budgets, key=lambda other: abs(log(t / other)))}
 
 
-def check_key(key: str, known: list[str], where: str) -> None:
-    """Raises a `LacoError` that names the nearest known key."""
+def down_sampling(budget: float) -> float:
+    """Side of the squares of which the down-sampled input makes one pixel: 1/sqrt(budget), or the whole number that is
+    near to it, so that 11 % and 1/9 are alike.
+    """
+    side = budget**-0.5
+    whole = max(round(side), 2)
+    return whole if abs(side - whole) < side / 20 else round(side, 3)
+
+
+def check_key(key: str, known: list[str], where: str = "") -> None:
+    """Raises a `LacoError` that names the nearest known key; `where` is text that follows the key."""
     if key not in known:
-        near = get_close_matches(key, known, n=1, cutoff=0.0)
-        raise LacoError(f"{where}: unknown key {key}; the nearest known key is {near[0]}")
+        raise LacoError(f"unknown key {key}{where}; {nearest(key, known)}")
 
 
 def load_study(path: str | Path, **overrides: Any) -> StudyRecipe:
-    """Reads and checks a study; `overrides` replace top-level keys (values of None are ignored).
-
-    Raises:
-        LacoError: the file is missing, is no YAML mapping, or a key or value is wrong; the message names the key.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise LacoError(f"there is no study {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise LacoError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise LacoError(f"{path} must hold keys and values, such as model: and rows:")
-    return parse_study({**raw, **{key: value for key, value in overrides.items() if value is not None}}, str(path))
+    """Reads and checks a study; as `laco.recipes.load`."""
+    return load(StudyRecipe, path, **overrides)
 
 
 def parse_study(raw: dict[str, Any], where: str = "the study") -> StudyRecipe:
-    try:
-        return StudyRecipe.model_validate(raw)
-    except ValidationError as error:
-        raise LacoError(f"{where}: {sentence(error)}") from None
-
-
-def sentence(error: ValidationError) -> str:
-    """The first mistake, in one sentence."""
-    first = error.errors()[0]
-    *parents, key = first["loc"] or ("",)
-    if first["type"] == "extra_forbidden":
-        inner: dict[Any, type[BaseModel]] = {"heal": Heal, "judge": Judge, "timing": Timing}
-        known = list(inner.get(parents[0] if parents else None, StudyRecipe).model_fields)
-        near = get_close_matches(str(key), known, n=1, cutoff=0.0)
-        return f"unknown key {'.'.join(map(str, first['loc']))}; the nearest known key is {near[0]}"
-    message = first["msg"].removeprefix("Value error, ")
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {message[0].lower()}{message[1:]}" if place else message
+    return parse(StudyRecipe, raw, where)

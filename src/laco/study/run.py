@@ -10,7 +10,7 @@ from laco.healing import Job, Study, finished_study, label, run_study
 from laco.report.plots import as_png
 from laco.study.measure import Costs, key_of, measure_costs, read_costs
 from laco.study.page import as_csv, as_markdown
-from laco.study.plan import Case, by_row, check_healing, chosen, make_plan
+from laco.study.plan import Case, by_row, check_healing, chosen, make_plan, without_healing
 from laco.study.plot import accuracy_against_time
 from laco.study.recipe import StudyRecipe
 from laco.study.results import StudyResults, make_lines, verdicts
@@ -22,16 +22,20 @@ def run(
     jobs: int | None = None,
     retime: bool = False,
     only: Sequence[str] = (),
+    as_it_is: bool = False,
     finished: bool = False,
     progress: bool = True,
 ) -> StudyResults:
     """Judges what a recipe says; what is finished in its output directory is taken from there.
 
+    The results are those of the whole recipe, also if only a part of it is run: nothing that was found before is lost.
+
     Args:
         recipe: see `laco.study.load_study`.
         jobs: processes at a time, of one thread each; None = one a core.
         retime: measures times again.
-        only: rows to judge beside the baselines; all if empty.
+        only: rows to run beside the baselines; all if empty.
+        as_it_is: runs what is judged without healing.
         finished: starts nothing, and gives what is there.
         progress: shows bars on stderr.
 
@@ -39,34 +43,54 @@ def run(
         LacoError: there is no such model, row or data, or the model as it is cannot be judged, or was not if
             `finished`.
     """
-    (cases, refused), output, protocol = chosen(make_plan(recipe), only), Path(recipe.output), recipe.protocol
-    if not finished:
-        check_healing(recipe)
-    variants = [case.variant for case in cases]
-    costs, times = None, output / "times.json"
+    plan, protocol = make_plan(recipe), recipe.protocol
+    part = chosen(without_healing(plan, recipe) if as_it_is else plan, only)
+    variants = [case.variant for case in plan.cases]
+    folder, times = Path(recipe.output) / "jobs", Path(recipe.output) / "times.json"
     if finished:
-        study = finished_study(variants, protocol, output / "jobs", seeds=recipe.seeds)
-        costs = read_costs(times)
+        study = finished_study(variants, protocol, folder, seeds=recipe.seeds)
     else:
-        study = run_study(variants, protocol, output / "jobs", seeds=recipe.seeds, workers=jobs, progress=progress)
-    if recipe.timing and not finished:
+        if not as_it_is:
+            check_healing(recipe)
+        wanted = [case.variant for case in part.cases]
+        ran = run_study(wanted, protocol, folder, seeds=recipe.seeds, workers=jobs, progress=progress)
+        study = joined(ran, finished_study(variants, protocol, folder, seeds=recipe.seeds))
+    costs = None
+    if recipe.timing and finished:
+        costs = read_costs(times, protocol.model, recipe.timing, protocol.data)
+    elif recipe.timing:
         judged = {outcome.job.variant.name for outcome in study.outcomes}
         methods = [variant.method for variant in variants if variant.name in judged]
         costs = measure_costs(
             methods, protocol.model, recipe.timing, times, data=protocol.data, again=retime, progress=progress
         )
-    lines = make_lines(cases, study, protocol.judged_on(), costs)
+    lines = make_lines(plan.cases, study, protocol.judged_on(), costs)
+    shown = {line.row for line in lines}
+    refused = plan.refused | {row: reason for row, reason in part.refused.items() if row not in shown}
     return StudyResults(
         command=command(),
         recipe=recipe.model_dump(),
         lines=lines,
         verdicts=verdicts(lines),
-        refused=refused | refused_jobs(cases, study, recipe),
+        refused=refused | refused_jobs(plan.cases, study, recipe),
         failures={name: reason for name, reason in study.failures.items() if name not in study.refused},
-        untimed=untimed(cases, costs) if costs else {},
+        untimed=untimed(plan.cases, costs) if costs else {},
         pending=len(study.pending),
         machine=costs.machine if costs else machine(),
         versions=versions(),
+    )
+
+
+def joined(ran: Study, found: Study) -> Study:
+    """What a run of a part gave, and what is finished of all the rest."""
+    names = {outcome.job.variant.name for outcome in ran.outcomes}
+    rest = [outcome for outcome in found.outcomes if outcome.job.variant.name not in names]
+    return Study(
+        protocol=found.protocol,
+        outcomes=[*ran.outcomes, *rest],
+        failures=found.failures | ran.failures,
+        refused=list(dict.fromkeys([*found.refused, *ran.refused])),
+        pending=[name for name in found.pending if name not in ran.failures],
     )
 
 

@@ -32,7 +32,7 @@ class WorldSource:
     count: int
     stage: Stage
     patch: int = 8
-    down_sample: int = 1
+    down_sample: float = 1
 
     def __len__(self) -> int:
         return self.count
@@ -58,7 +58,7 @@ class ClipSource:
     start: int
     count: int
     stage: Stage
-    down_sample: int = 1
+    down_sample: float = 1
 
     def __len__(self) -> int:
         return self.count

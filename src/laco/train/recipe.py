@@ -1,33 +1,18 @@
-"""What a training run is: a YAML file read into these models. An unknown key is an error naming the nearest known."""
+"""What a training run is: a YAML file read into these models."""
 
-import difflib
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from laco.errors import LacoError
+from laco.recipes import Strict, load, parse
 
 Group = Literal["compressor", "projector", "encoder_before", "encoder_after", "language_model"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NewModel(_Strict):
+class NewModel(Strict):
     """A model from scratch: SigLIP vision encoder, MLP projector, Qwen2 language model, byte-level tokenizer."""
 
     architecture: Literal["llava", "llava_onevision"] = Field("llava", description="the latter also takes videos")
@@ -42,7 +27,7 @@ class NewModel(_Strict):
     vocabulary: PositiveInt = 512
 
 
-class Data(_Strict):
+class Data(Strict):
     """Where pictures and questions come from: the embedded `world`, its clips (`world-video`), or a JSONL, LLaVA JSON
     or directory of such.
     """
@@ -50,10 +35,10 @@ class Data(_Strict):
     source: str = "world"
     seed: NonNegativeInt = 0
     split: str | None = None
-    down_sample: PositiveInt = Field(default=1, description="pictures lose detail by this factor, the baseline")
+    down_sample: float = Field(default=1, ge=1, description="pictures lose detail by this factor, the baseline")
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """One stage of training: what learns, how fast, on what."""
 
     name: str
@@ -104,7 +89,7 @@ class Stage(_Strict):
         return self
 
 
-class Distill(_Strict):
+class Distill(Strict):
     """Learn from the uncompressed model's logits at the answers: weight * T^2 * KL(teacher || student).
 
     And, where asked for, from what its vision encoder puts out, at the tokens that the student still has.
@@ -121,7 +106,7 @@ class Distill(_Strict):
     )
 
 
-class Judge(_Strict):
+class Judge(Strict):
     """Evaluation at the end; the figures are written beside the model."""
 
     data: str = "world"
@@ -129,7 +114,7 @@ class Judge(_Strict):
     samples: PositiveInt = 2000
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run. Exactly one of `model` (a directory to start from) and `new` (from scratch) is given."""
 
     output: str
@@ -162,45 +147,9 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Reads and checks a recipe; `overrides` replace top-level keys (values of None are ignored).
-
-    Raises:
-        LacoError: the file is missing, is no YAML mapping, or a key or value is wrong; the message names the key.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise LacoError(f"there is no recipe {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise LacoError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise LacoError(f"{path} must hold keys and values, such as output: and stages:")
-    given = {key: str(v) if isinstance(v, Path) else v for key, v in overrides.items() if v is not None}
-    return parse_recipe({**raw, **given}, where=str(path))
+    """Reads and checks a recipe; as `laco.recipes.load`."""
+    return load(Recipe, path, **overrides)
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "the recipe") -> Recipe:
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise LacoError(f"{where}: {_sentence(error)}") from None
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-        return f"unknown key {place}; the nearest known key is {near[0]}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message[0].lower()}{message[1:]}" if place else message
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that are known where an unknown one stands."""
-    inner: dict[str, type[BaseModel]] = {
-        "new": NewModel, "data": Data, "stages": Stage, "distill": Distill, "evaluate": Judge
-    }  # fmt: skip
-    model = inner.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
-    return list(model.model_fields)
+    return parse(Recipe, raw, where)
