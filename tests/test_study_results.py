@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from laco.cost import Ratio
 from laco.data import Sample
@@ -18,6 +19,7 @@ from laco.methods import get
 from laco.study.measure import Cost, Costs, key_of
 from laco.study.page import as_csv, as_markdown, groups, remarks, table
 from laco.study.plan import Case, place_of
+from laco.study.plot import BEST, accuracy_against_time, front
 from laco.study.recipe import Timing, parse_study
 from laco.study.results import Line, StudyResults, has_own_loss, make_lines, verdicts
 
@@ -265,3 +267,47 @@ def test_rows_that_the_recipe_leaves_out_are_explained() -> None:
         "- 25 %, as it is; 25 %, healed: dyntok: the recipe has no settings that come to this budget.",
         "- 25 %, healed: scope: the recipe does not heal it there.",
     ]
+
+
+# The plot.
+
+
+def timed(lines: list[Line], speedups: list[float]) -> list[Line]:
+    return [
+        line.model_copy(update={"cost": cost(1, 0, speedup)}) for line, speedup in zip(lines, speedups, strict=True)
+    ]
+
+
+def test_the_plot_names_baselines_the_best_of_each_place_and_what_nothing_beats() -> None:
+    rights = {"random": "1100000000", "dart": "1111110000", "average_pool@1/4": "1000000000"}
+    rights |= {
+        row: "1" * hits + "0" * (10 - hits) for row, hits in (("scope", 8), ("holov", 7), ("mmtok", 6), ("evs", 5))
+    }
+    lines = timed(lines_of(rights), [1, 1, 1.2, 1.1, 4, *(0.9, 0.8, 0.7, 0.6)])
+    assert [line.row for line in front(lines)] == ["none", "random", "dart", "average_pool@1/4"]
+    (axes,) = accuracy_against_time(lines).axes
+    best = [f"{row} 25 %" for row in ("scope", "holov", "mmtok")]
+    assert len(best) == BEST
+    assert {text.get_text() for text in axes.texts} == {
+        *("none", "down-sampled input", "random"),
+        *("dart 25 %", "average_pool@1/4 25 %", *best),
+    }
+    assert [25, 10] in [dots.get_offsets().tolist()[0] for dots in axes.collections]
+
+
+def test_names_in_the_plot_cover_neither_points_nor_each_other() -> None:
+    rights = dict.fromkeys(
+        ("random", "uniform stride", "dart", "scope", "holov", "mmtok", "tome", "evit"), "1111110000"
+    )
+    lines = timed(lines_of(rights), [1.0, 0.99, *(1 + 0.004 * number for number in range(len(rights)))])
+    figure = accuracy_against_time(lines)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the points
+    assert len(boxes) == len(lines)
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert axes.bbox.containsx(box.x0)
+        assert axes.bbox.containsx(box.x1)
+    points = axes.transData.transform([dots.get_offsets()[0] for dots in axes.collections])
+    assert not any(box.contains(*point) for box in boxes for point in points)

@@ -206,8 +206,8 @@ def legend(results: StudyResults) -> dict[str, str]:
         meanings.append(f"{OWN_LOSS} was healed by a loss of its own, too")
     return {
         "budget": "share of the visual tokens of the model as it is that the language model may read, on average over"
-        " its layers; methods that decide it by the picture come near it. The down-sampled input has that share of the"
-        " pixels, and all tokens",
+        " its layers; methods whose count depends on the picture come near it. The down-sampled input has that share of"
+        " the pixels, and all tokens",
         "method": "; ".join(meanings),
         **LEGEND,
     }
