@@ -1,6 +1,5 @@
-"""`laco study`: what a recipe means, what follows from answers, and a whole study that is stopped and goes on."""
+"""`laco study`: what a recipe means, what is measured, and a whole study that is stopped and goes on."""
 
-import csv
 import json
 import os
 import subprocess
@@ -18,22 +17,16 @@ from torch import nn
 import laco
 import tiny
 from laco import cli
-from laco.cost import Ratio
-from laco.data import Sample
 from laco.errors import LacoError
-from laco.evaluate import Report
-from laco.evaluate.report import score
 from laco.grid import Grid
-from laco.healing import HALVED, NONE, Job, Outcome, Protocol, Study, Variant
 from laco.methods import Reducer, Selector, registry
 from laco.methods.base import MergerModule
 from laco.methods.selector import Signals
-from laco.study.measure import Cost, peak_bytes, scoring_ms
-from laco.study.page import as_csv, as_markdown, remarks
-from laco.study.plan import Case, listing, make_plan
-from laco.study.plot import accuracy_against_time, front
+from laco.study.measure import peak_bytes, scoring_ms
+from laco.study.page import as_markdown, remarks
+from laco.study.plan import listing, make_plan
 from laco.study.recipe import BASELINES, area, factors, load_study, parse_study
-from laco.study.results import Line, StudyResults, make_lines, verdicts
+from laco.study.results import StudyResults
 from laco.study.run import run
 
 ZOO = Path(__file__).parents[1] / "recipes" / "zoo.yaml"
@@ -158,91 +151,6 @@ def test_the_plan_has_all_baselines_both_states_and_reasons(talker_directory: Pa
     assert listed["laco"]["settings"] == "method: laco, factor: 2"
     with pytest.raises(LacoError, match="the study has no row 'lace'"):
         listing(parse_study(recipe(talker_directory, rows=rows)), only=["lace"])
-
-
-# What follows from answers.
-
-SAMPLES = [Sample("", (), "q", str(truth), "count") for truth in range(10)]
-
-
-def outcome(variant: Variant, right: str, seed: int = 0) -> Outcome:
-    """An outcome with so many right answers: "1" = right, "0" = wrong, question by question."""
-    answers = [sample.answer if hit == "1" else "no" for sample, hit in zip(SAMPLES, right, strict=True)]
-    found = score([hit == "1" for hit in right])
-    report = Report(
-        average=found.accuracy, families={"count": found}, loyalty=50.0, visual_tokens=144, versions={}, seed=0,
-        command="", data="", split=None, samples=10, case_sensitive={}, character_error_rate={}, answers=answers,
-    )  # fmt: skip
-    job = Job(variant=variant, seed=seed, protocol=Protocol(model="m"))
-    return Outcome(job=job, report=report, answers=answers, seconds=1.0)
-
-
-def lines_of(*found: tuple[str, str, str]) -> list[Line]:
-    """Lines from (row, place, right answers), beside none and the down-sampled input."""
-    rights = [("none", "baseline", "1111111111"), ("down-sampled input", "baseline", "1111100000"), *found]
-    variants = [NONE, HALVED, *(Variant(name=name, heal=False) for name, _, _ in found)]
-    cases = [
-        Case(name, place, None if name == "none" else 0.25, variant)  # type: ignore[arg-type]
-        for (name, place, _), variant in zip(rights, variants, strict=True)
-    ]
-    outcomes = [outcome(variant, right) for variant, (_, _, right) in zip(variants, rights, strict=True)]
-    return make_lines(cases, Study(protocol=Protocol(model="m"), outcomes=outcomes, failures={}), SAMPLES, None)
-
-
-def test_hard_questions_are_those_that_the_down_sampled_input_gets_wrong() -> None:
-    lines = {line.row: line for line in lines_of(("dart", "language_model", "1100000111"))}
-    assert [lines[name].hard.accuracy for name in ("none", "down-sampled input", "dart")] == [100, 0, 60]
-    assert [lines[name].easy.accuracy for name in ("none", "down-sampled input", "dart")] == [100, 100, 40]
-    assert (lines["dart"].hard.n, lines["dart"].easy.n) == (5, 5)
-
-
-def test_what_a_baseline_beats_is_said() -> None:
-    lines = lines_of(
-        ("random", "baseline", "1111111110"),
-        ("dart", "language_model", "1111111111"),
-        ("scope", "external", "1111000000"),
-        ("evs", "external", "0000000000"),
-    )
-    first, second = verdicts(lines)
-    assert first == "25 %, as it is: random (90.0) beats 2 of 3: evs (0.0); scope (40.0, within the intervals)."
-    assert second.startswith("25 %, as it is: down-sampled input (50.0) beats 2 of 3: evs (0.0, within the intervals)")
-    assert verdicts([line for line in lines if line.row in ("none", "dart", "random")]) == [
-        "25 %, as it is: no method is below random (90.0)."
-    ]
-
-
-def results_of(lines: list[Line]) -> StudyResults:
-    machine = {"processor": "a", "cores": 2, "torch": "1", "transformers": "2", "laco": "3"}
-    return StudyResults(
-        command="laco study x.yaml", recipe=parse_study(recipe()).model_dump(), lines=lines, verdicts=verdicts(lines),
-        refused={"tome": "no keys"}, failures={}, untimed={}, machine=machine, versions={},
-    )  # fmt: skip
-
-
-def test_page_table_and_csv_show_every_line() -> None:
-    lines = lines_of(("random", "baseline", "1110000000"), ("dart", "language_model", "0000000000"))
-    results = results_of(lines)
-    page, rows = as_markdown(results, None), list(csv.DictReader(as_csv(results).splitlines()))
-    assert [row["row"] for row in rows] == ["none", "down-sampled input", "random", "dart"]
-    assert rows[3]["hard"] == "0.0"
-    assert "| random | 144 | 30.0 ±" in page
-    assert "## 25 %, as it is" in page
-    assert "- tome: no keys" in page
-    assert "| dart | 0 (0 – 28) |" in page
-    assert "tome cannot: no keys" in list(remarks(results))
-
-
-def test_the_plot_names_what_nothing_beats() -> None:
-    found = lines_of(("dart", "language_model", "1111110000"), ("scope", "external", "1110000000"))
-    lines = []
-    for line, faster in zip(found, (1, 4 / 3, 4, 2), strict=True):
-        ratio = Ratio(value=faster, low=faster, high=faster)
-        cost = Cost(encoder_ms=1, prefill_ms=0, scoring_ms=0, speedup=ratio, memory_mb=1)
-        lines.append(line.model_copy(update={"cost": cost}))
-    assert [line.row for line in front(lines)] == ["none", "dart"]
-    (axes,) = accuracy_against_time(lines).axes
-    assert {text.get_text() for text in axes.texts} == {"none", "dart 25 %"}
-    assert axes.collections[0].get_offsets().tolist() == [[25, 60]]
 
 
 # What is measured.

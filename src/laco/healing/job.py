@@ -13,7 +13,6 @@ from transformers.utils import logging
 from laco.checkpoint import from_pretrained
 from laco.data import Sample
 from laco.evaluate import evaluate
-from laco.families.reduction.lesson import Taught
 from laco.files import write_file
 from laco.healing.variants import NONE, Job, Outcome, outline
 from laco.methods import from_dict
@@ -51,10 +50,8 @@ def recipe_of(job: Job, output: Path) -> Recipe:
     """The two stages of the paper as a recipe of `laco train`."""
     protocol = job.protocol
     stage: dict[str, Any] = {"batch_size": protocol.batch_size, "questions": protocol.questions}
-    method = from_dict(job.method) if job.method else None
-    has_boxes = protocol.train_data == "world"
-    if isinstance(method, Taught) and method.trained and (has_boxes or method.learns_from != "boxes"):
-        stage |= {"method_loss": 1.0, "questions": 1}  # its own loss is about one question
+    if protocol.teaches(job.variant):
+        stage |= {"method_loss": 1.0, "questions": 1}
     new = trained_groups(job) & {"compressor", "projector"}
     recipe = {
         "output": str(output),

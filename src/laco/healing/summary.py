@@ -17,15 +17,17 @@ STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.3
 class Summary(BaseModel):
     """A variant over its seeds: mean accuracies in per cent with 95 % intervals.
 
-    `low` and `high` bound the average over families: over seeds by Student's t where there are two or more (then they
-    include the chance of initialisation and data order), else from the number of questions alone. `families` pool the
-    questions of all seeds (Wilson's interval).
+    `runs` counts those that differ, see `differing`. `low` and `high` bound the average over families: with two runs or
+    more by Student's t over them, which holds the chance of initialisation and data order, but not that of the choice
+    of questions; with one from the number of questions alone. `families` pool the questions of the runs (Wilson's
+    interval).
     """
 
     name: str
     method: dict[str, Any] | None
     healed: bool
     seeds: list[int]
+    runs: int
     average: float
     low: float
     high: float
@@ -58,26 +60,34 @@ class Study(BaseModel):
 def summarise(outcomes: Sequence[Outcome]) -> Summary:
     """One variant over its seeds."""
     reports = [outcome.report for outcome in outcomes]
-    averages = [report.average for report in reports]
-    families = {name: pooled([report.families[name] for report in reports]) for name in reports[0].families}
+    counted = [outcome.report for outcome in differing(outcomes)]
+    averages = [report.average for report in counted]
+    families = {name: pooled([report.families[name] for report in counted]) for name in counted[0].families}
     if len(set(averages)) > 1:
         low, high = seed_interval(averages)
-    else:  # of runs that do not depend on the seed, one counts
-        low, high = average_interval(list(reports[0].families.values()))
+    else:  # runs that meet in one average by chance are not certain of it
+        low, high = average_interval(list(counted[0].families.values()))
     loyalties = [report.loyalty for report in reports if report.loyalty is not None]
     return Summary(
         name=outcomes[0].job.variant.name,
         method=outcomes[0].job.variant.method,
         healed=outcomes[0].job.variant.heal,
         seeds=[outcome.job.seed for outcome in outcomes],
+        runs=len(counted),
         average=fmean(averages),
         low=low,
         high=high,
         families=families,
         loyalty=fmean(loyalties) if loyalties else None,
-        visual_tokens=reports[0].visual_tokens,
+        visual_tokens=fmean(report.visual_tokens for report in reports),
         seconds=fmean(outcome.seconds for outcome in outcomes),
     )
+
+
+def differing(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    """The runs that count: one alone where all score the same, as a seed that changes nothing adds no evidence."""
+    first, *others = (outcome.report.families for outcome in outcomes)
+    return outcomes if any(families != first for families in others) else outcomes[:1]
 
 
 def pooled(scores: Sequence[FamilyScore]) -> FamilyScore:

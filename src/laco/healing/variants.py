@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from laco.data import Sample, load_samples
 from laco.evaluate import Report
+from laco.families.reduction.lesson import Taught
 from laco.methods import AveragePool, LaCo, LDPv2, Method, PixelShuffle, RandomKeep, TokenPacker, from_dict
 from laco.surgery import compress
 
@@ -78,6 +79,12 @@ class Protocol(_Settings):
         if variant.heal:
             return self
         return Protocol(model=self.model, data=self.data, samples=self.samples, eval_seed=self.eval_seed)
+
+    def teaches(self, variant: Variant) -> bool:
+        """Whether healing also teaches a variant's method by a loss of its own, about one question a picture."""
+        method = from_dict(variant.method) if variant.method and variant.heal else None
+        has_boxes = self.train_data == "world"
+        return isinstance(method, Taught) and method.trained and (has_boxes or method.learns_from != "boxes")
 
     def judged_on(self) -> list[Sample]:
         """The questions that every variant is asked."""

@@ -1,5 +1,8 @@
 """What a report shows, as plain data: the page, the JSON and the CSV are all made from it, so they cannot disagree."""
 
+import csv
+from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
 from pydantic import BaseModel
@@ -100,3 +103,12 @@ class Results(BaseModel):
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
+
+
+def as_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """A CSV file with a column for every key of any line, in the order in which they come up."""
+    file = StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()

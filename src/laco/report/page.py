@@ -1,15 +1,13 @@
 """Writes a report: one HTML file that needs nothing else, and its numbers as JSON, CSV and PNG."""
 
-import csv
 from importlib.resources import files
-from io import StringIO
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from laco.files import write_file
-from laco.report.data import Results, Row
+from laco.report.data import Results, Row, as_csv
 from laco.report.plots import accuracy_against_time, as_png, as_svg
 
 WIDE, NARROW = (9.0, 4.6), (4.2, 5.4)  # inches: for desks and for phones
@@ -21,21 +19,12 @@ def write_report(results: Results, output: str | Path) -> list[Path]:
     texts: dict[str, str | bytes] = {
         "report.html": render(results),
         "results.json": results.model_dump_json(indent=1),
-        "results.csv": as_csv(results),
+        "results.csv": as_csv([row.flat() for row in results.rows]),
         "accuracy-time.png": as_png(accuracy_against_time(results.rows, WIDE)),
     }
     for name, text in texts.items():
         write_file(output / name, text)
     return [output / name for name in texts]
-
-
-def as_csv(results: Results) -> str:
-    lines = [row.flat() for row in results.rows]
-    file = StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return file.getvalue()
 
 
 def render(results: Results) -> str:
