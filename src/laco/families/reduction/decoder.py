@@ -31,7 +31,11 @@ from laco.methods.decoder import Step, attention_logits
 
 
 class DroppingLayer(nn.Module):
-    """Mixin of a layer of a language model whose input may have lost tokens. `number` counts layers from 0."""
+    """Mixin of a layer of a language model whose input may have lost tokens. `number` counts layers from 0.
+
+    Where it has (`one_text`), the attention is not told positions: rotary tables are made already, and flash attention
+    takes gaps between positions for the beginnings of new texts.
+    """
 
     _laco_stock: ClassVar[type]
     number: int
@@ -44,7 +48,16 @@ class DroppingLayer(nn.Module):
             reduction.watch(self.number, hidden_states, kwargs)
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def forward(self, hidden_states: Tensor, *args: Any, reduction: "Run | None" = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        reduction: "Run | None" = None,
+        one_text: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if one_text:
+            kwargs["position_ids"] = None
         if reduction is None:
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states, kwargs = reduction.enter(self.number, hidden_states, kwargs)
@@ -75,7 +88,8 @@ class DroppingLayer(nn.Module):
 
 @cache
 def dropping(kind: Any) -> Any:
-    return type(f"Dropping{kind.__name__}", (DroppingLayer, kind), {"__module__": __name__, "_laco_stock": kind})
+    """The class of layers like this one that may lose tokens; of the same name, by which layers are kept whole."""
+    return type(kind.__name__, (DroppingLayer, kind), {"__module__": kind.__module__, "_laco_stock": kind})
 
 
 def learns(method: DecoderMethod, model: nn.Module) -> bool:
@@ -178,7 +192,8 @@ class Run:
                     self.beside.enter(row, number, self.position_ids[..., row, slots])
                     if number + 1 < self.marks[0]:
                         cos, sin = (at(table, row)[..., slots, :] for table in kwargs["position_embeddings"])
-                        others = {name: value for name, value in kwargs.items() if name != "reduction"}
+                        ours = ("reduction", "one_text")
+                        others = {name: value for name, value in kwargs.items() if name not in ours}
                         self.beside.pass_through(row, number, x_BKD[row, slots].detach(), (cos, sin), others)
             if number == self.marks[0] and self.lesson is not None:
                 self.teach(row, x_BKD, slots, visual)
@@ -228,24 +243,17 @@ class Run:
         return x_BKD, {**kwargs, **self.narrowed(stage, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
 
     def narrowed(self, stage: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions and rotary tables of the tokens that are left after so many points."""
+        """The rotary tables of the tokens that are left after so many points."""
         if stage and self.method.positions == "renumber":
             place, _ = self.placed_at(stage)
             if stage not in self.turned:
                 axes = place[-3:] if place.ndim > 2 else place  # of M-RoPE; a plain position may stand before them
                 self.turned[stage] = self.model.rotary_emb(kwargs["position_embeddings"][0], axes)
-            out = {"position_embeddings": self.turned[stage]}
-            if kwargs.get("position_ids") is not None:  # one for each token
-                out["position_ids"] = place.view(-1, *place.shape[-2:])[0]
-            return out
+            return {"position_embeddings": self.turned[stage]}
         if (kept := self.kept_after(stage)) is self.kept[0]:
             return {}
-        slot_BK, out = self.kept[0].slots(kept.columns_BK), {}
-        if (positions := kwargs.get("position_ids")) is not None:
-            out["position_ids"] = pick(positions[..., None], slot_BK)[..., 0]
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            out["position_embeddings"] = tuple(pick(table, slot_BK) for table in tables)
-        return out
+        slot_BK = self.kept[0].slots(kept.columns_BK)
+        return {"position_embeddings": tuple(pick(table, slot_BK) for table in kwargs["position_embeddings"])}
 
     def placed_at(self, stage: int) -> tuple[Tensor, Tensor]:
         """After so many points: positions, (B, K) or (3 or 4, B, K); by how much a later token's are lower, (B,)."""

@@ -84,7 +84,8 @@ def renumbered(position_BK: Tensor, real_BK: Tensor) -> Tensor:
 def kept_mask(mask: Any, kept: Kept, past: ReducedCacheLayer | None, read: int) -> Tensor:
     """The attention mask of what stays: (B, held + K), or (B, 1, K, K) of one in four dimensions.
 
-    Never None: of positions with gaps and no mask, transformers takes every gap for the beginning of a new text.
+    Never None: of positions with gaps and no mask, transformers takes every gap for the beginning of a new text. Flash
+    attention does so too where the mask hides nothing; there `DroppingLayer` hides the positions.
     """
     real_BK = kept.real_BK
     if mask is not None and not isinstance(mask, dict) and mask.ndim == 4:
@@ -147,11 +148,22 @@ def entry(
         positions: of what stays: as in the full sequence, or counted anew.
         past: the first layer of the cache, if that holds fewer tokens than were read.
         read: how many were read before.
+
+    Raises:
+        LacoError: positions begin anew, as of several texts that are told apart by them alone.
     """
     kept, others, batch = Kept.of(keep_BL), dict(others), len(keep_BL)
     moved_B = keep_BL.new_zeros(batch, dtype=torch.long) if past is None else past.moved_B
     position_ids = placed(position_ids, read, keep_BL)
     given = kept.take(position_ids.movedim(-2, 0).movedim(-1, 1))
+    mask = kept_mask(attention_mask, kept, past, read)
+    if mask.ndim == 2 and (given.ndim == 2 or given.shape[-1] == 4):  # else they are no plain ones
+        plain_BK, seen_BK = given.view(*given.shape[:2], -1)[..., 0], mask[:, -given.shape[1] :].bool()
+        if ((plain_BK.diff() < 0) & seen_BK[:, 1:] & seen_BK[:, :-1]).any():
+            raise LacoError(
+                "visual tokens cannot be dropped from several texts in one sequence that positions alone tell apart;"
+                " give each a row of its own"
+            )
     now = given - moved_B.view(-1, *[1] * (given.ndim - 1))
     if positions == "renumber":
         now = renumbered(now, kept.real_BK)
@@ -162,8 +174,9 @@ def entry(
     arguments = {
         **others,
         "inputs_embeds": kept.take(inputs_embeds, inputs_embeds.new_zeros(())),
-        "attention_mask": kept_mask(attention_mask, kept, past, read),
+        "attention_mask": mask,
         "position_ids": now.movedim(1, -1).movedim(0, -2),
+        "one_text": True,
     }
     return Entry(kept, arguments, (given - now)[:, -1].reshape(batch, -1)[:, -1])
 

@@ -166,10 +166,8 @@ def extend(model: Any, methods: Sequence[Method] = (), encoder_channels: int = 0
     }
     if modules:
         model.compressor = nn.ModuleDict(modules)
-    if model.method is not None:
-        for index, layer in enumerate(model.layers):
-            kind = type(layer)
-            layer.__class__, layer.number = dropping(kind), index
+    for index, layer in enumerate(model.layers):
+        layer.__class__, layer.number = dropping(type(layer)), index
 
 
 def restore(model: Any) -> None:
