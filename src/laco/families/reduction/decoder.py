@@ -134,7 +134,7 @@ class Run:
         self.masks: dict[int, Any] = {}
         self.before: Tensor | None = None
         self.tables: dict[str, Any] = {}
-        self.entry_moved_B = entered.moved_B
+        self.entry_moved_BL = entered.moved_BL
         self.places: dict[int, tuple[Tensor, Tensor]] = {}  # after so many points, as `placed_at` gives them
         self.turned: dict[int, Any] = {}  # rotary tables of these places
         self.memory: dict[int, Any] = {}
@@ -256,7 +256,7 @@ class Run:
         return {"position_embeddings": tuple(pick(table, slot_BK) for table in kwargs["position_embeddings"])}
 
     def placed_at(self, stage: int) -> tuple[Tensor, Tensor]:
-        """After so many points: positions, (B, K) or (3 or 4, B, K); by how much a later token's are lower, (B,)."""
+        """After so many points: positions, (B, K) or (3 or 4, B, K); by how much they moved, (B, L) as in `Entry`."""
         if stage not in self.places:
             kept = self.kept_after(stage)
             before_B = self.moved_before(stage)
@@ -266,11 +266,11 @@ class Run:
                 by_token = renumbered(now.movedim(-2, 0).movedim(-1, 1), kept.real_BK)
                 now = by_token.movedim(1, -1).movedim(0, -2)
             moved_BK = (given - now).view(-1, *given.shape[-2:])[-1]  # of M-RoPE any axis
-            self.places[stage] = now, self.entry_moved_B + moved_BK[:, -1]
+            self.places[stage] = now, self.entry_moved_BL + kept.spread(moved_BK)
         return self.places[stage]
 
     def moved_at(self, number: int) -> Tensor:
-        """(B,) by how much positions of later tokens are lower than in the full sequence, in a layer."""
+        """(B, L) by how much positions in a layer are lower than in the full sequence."""
         return self.placed_at(self.stage(number))[1]
 
     def moved_before(self, stage: int) -> Tensor:
@@ -279,7 +279,7 @@ class Run:
         if layers and isinstance(first := layers[0], ReducedCacheLayer):
             behind: Any = layers[self.points[stage - 1]]
             return behind.moved_B - first.moved_B
-        return torch.zeros_like(self.entry_moved_B)
+        return torch.zeros_like(self.entry_moved_BL[:, 0])
 
     def mask_of(self, stage: int, number: int, x_BKD: Tensor) -> Any:
         """The mask of a layer in the form that its attention takes; all layers between two points share it."""

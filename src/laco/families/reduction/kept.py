@@ -60,9 +60,9 @@ class Kept:
 
     def spread(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, L, ...): every token gets what the last kept one up to it has."""
-        slot_BL = self.keep_BL.cumsum(dim=1) - 1 + (~self.real_BK).sum(dim=1, keepdim=True)
-        rows = torch.arange(len(y_BK), device=y_BK.device)[:, None]
-        return y_BK[rows, slot_BL.clamp(min=0)]
+        every_L = torch.arange(self.keep_BL.shape[1], device=y_BK.device)
+        last_BL = torch.where(self.keep_BL, every_L, 0).cummax(dim=1).values
+        return y_BK[torch.arange(len(y_BK), device=y_BK.device)[:, None], self.slots(last_BL)]
 
 
 def renumbered(position_BK: Tensor, real_BK: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def kept_mask(mask: Any, kept: Kept, past: ReducedCacheLayer | None, read: int) 
         mask = torch.ones(batch, read + length, dtype=torch.long, device=real_BK.device)
     if mask.shape[1] < read + length:  # of what is new alone
         mask = torch.cat([mask.new_ones(batch, read + length - mask.shape[1]), mask], dim=1)
-    new_BK = kept.take(mask[:, read:])
+    new_BK = kept.take(mask[:, -length:])
     if past is None:
         return torch.cat([mask[:, :read], new_BK], dim=1)
     held_BK = mask.gather(1, past.columns_BK.clamp(min=0)) * (past.columns_BK >= 0)
@@ -121,12 +121,13 @@ class Entry(NamedTuple):
     Args:
         kept: those.
         arguments: of its forward.
-        moved_B: by how much the positions of later tokens are lower than in the full sequence.
+        moved_BL: by how much the position of each token is lower than in the full sequence; of one that does not enter,
+            as of the token before it.
     """
 
     kept: Kept
     arguments: dict[str, Any]
-    moved_B: Tensor
+    moved_BL: Tensor
 
 
 def entry(
@@ -178,7 +179,7 @@ def entry(
         "position_ids": now.movedim(1, -1).movedim(0, -2),
         "one_text": True,
     }
-    return Entry(kept, arguments, (given - now)[:, -1].reshape(batch, -1)[:, -1])
+    return Entry(kept, arguments, kept.spread((given - now).reshape(*kept.columns_BK.shape, -1)[..., -1]))
 
 
 def placed(position_ids: Tensor | None, read: int, keep_BL: Tensor) -> Tensor:
