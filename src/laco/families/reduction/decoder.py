@@ -22,6 +22,7 @@ from laco.errors import LacoError
 from laco.families.reduction.ahead import run_up_to
 from laco.families.reduction.beside import BringsToken, TokenBeside
 from laco.families.reduction.cache import ReducedCacheLayer
+from laco.families.reduction.hooks import Tap, tapped
 from laco.families.reduction.kept import Entry, Kept, kept_mask, renumbered
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.projections import at, queries_keys
@@ -61,28 +62,11 @@ class DroppingLayer(nn.Module):
         if reduction is None:
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states, kwargs = reduction.enter(self.number, hidden_states, kwargs)
-        seen: list[Step] = []
-        hooks = []
-        if reduction.observes(self.number):
-            hooks = [
-                part.register_forward_hook(
-                    lambda _, given, named, out: seen.append(
-                        Step(
-                            named["hidden_states"] if "hidden_states" in named else given[0],
-                            out[0] if isinstance(out, tuple) else out,
-                        )
-                    ),
-                    with_kwargs=True,
-                )
-                for part in (self.self_attn, self.mlp)
-            ]
-        try:
+        if not reduction.observes(self.number):
+            return super().forward(hidden_states, *args, **kwargs)
+        with tapped(self.self_attn) as attention, tapped(self.mlp) as mlp:
             out = super().forward(hidden_states, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if seen:
-            reduction.observe(self.number, seen)
+        reduction.observe(self.number, [attention, mlp])
         return out
 
 
@@ -328,12 +312,13 @@ class Run:
         return slots, self.visual_BL[row, columns_K[slots]].nonzero().flatten()
 
     @torch.no_grad()
-    def observe(self, number: int, steps: list[Step]) -> None:
+    def observe(self, number: int, taps: Sequence[Tap]) -> None:
         self.observed.add(number)
+        steps = [(tap.entered, tap.put_out) for tap in taps]
         for row in range(self.batch):
             slots, visual = self.prompt_tokens(row, self.kept_at(number))
             if len(visual):
-                mine = [Step(step.read[row, slots], step.put_out[row, slots]) for step in steps]
+                mine = [Step(*(x[row, slots] for x in step if x is not None)) for step in steps]
                 self.memory[row] = self.method.observe(self.memory[row], *mine)
 
     def drop(self, stage: int, number: int, x_BKD: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from laco.errors import LacoError
 from laco.families.encoders import encoder_of
 from laco.families.reduction.decisions import around_missing, teaching_reducer
+from laco.families.reduction.hooks import tapped
 from laco.families.reduction.language_model import extend
 from laco.families.reduction.layout import Choice, laid_out, starts
 from laco.families.reduction.pictures import Pictures, View
 from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
-from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of, tapped
+from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of
 from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
 from laco.methods.question import QuestionSelector
 
