@@ -26,7 +26,7 @@ from laco.families.reduction.hooks import Tap, tapped
 from laco.families.reduction.kept import Entry, Kept, kept_mask, renumbered
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.projections import at, queries_keys
-from laco.families.reduction.prompt import Prompt, Shown
+from laco.families.reduction.prompt import Prompt, Shown, seen_pairs
 from laco.methods import DecoderMethod, DecoderSignals, Plan
 from laco.methods.decoder import Step, attention_logits
 
@@ -393,8 +393,13 @@ class Run:
             rotary=rotary,
             memory=self.memory.get(row),
         )
-        rows_M = method.queries(signals)
-        logits_HML = attention_logits(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling)
+        rows_M, visible_ML = method.queries(signals), None
+        if isinstance(self.mask, Tensor) and self.mask.ndim == 4:
+            columns = self.kept[stage].columns_BK[row, slots]
+            mask_LL = seen_pairs(self.mask).expand(self.batch, -1, -1, -1)[row, 0, columns[:, None], columns]
+            hidden_LL = nn.functional.pad(mask_LL, (0, signals.trailing))  # from all others, tokens of the method's own
+            visible_ML = nn.functional.pad(hidden_LL, (0, 0, 0, signals.trailing), value=True)[rows_M]
+        logits_HML = attention_logits(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling, visible_ML)
         return replace(signals, logits=logits_HML, attention=logits_HML.softmax(dim=-1))
 
 
