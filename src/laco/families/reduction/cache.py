@@ -6,7 +6,6 @@ with the tokens that were read; only masks inside the language model need what i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -108,11 +107,6 @@ class ReducedCacheLayer(DynamicLayer):
         layer.__class__ = DynamicLayer
 
 
-@cache
-def reduced(kind: Any) -> Any:
-    return type(f"Reduced{kind.__name__}", (ReducedCacheLayer, kind), {})
-
-
 def check_cache(past: Cache | None) -> None:
     """Raises `LacoError` where a cache cannot hold fewer tokens than were read."""
     for layer in () if past is None else past.layers:
@@ -130,8 +124,7 @@ def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> No
         if isinstance(layer, ReducedCacheLayer):
             continue
         held: Any = layer
-        kind: Any = type(layer)
-        held.__class__ = reduced(kind)
+        held.__class__ = ReducedCacheLayer
         held.columns_BK = held.computed_BK = torch.arange(read, device=device).repeat(batch, 1)
         held.moved_BL = torch.zeros(batch, read, dtype=torch.long, device=device)
 
