@@ -78,7 +78,7 @@ def decompress(
 
     A projector that a merger has replaced comes back bit-equal in the same session. It is not saved with the
     compressed model, so after loading such a model from disk this raises `LacoError`; so does a model that is
-    not compressed. Nothing has changed then.
+    not compressed or is spread over devices. Nothing has changed then.
     """
     family = family_of(model)
     with naming(family):
@@ -132,6 +132,8 @@ def with_method(method: Reducer | Selector | DecoderMethod, family: Family, conf
 
 def set_compression(model: PreTrainedModel, processor: ProcessorMixin | None, compression: Compression) -> None:
     """Makes a model have exactly this compression, in place; what it has of it already keeps its parameters."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise LacoError("the model is spread over devices; compress or decompress it before dispatching it")
     family, config = family_of(model), model.config
     steps = sorted(compression.steps, key=lambda step: step.layer)
     compression = replace(compression, steps=steps)
@@ -241,8 +243,6 @@ def move_tensors(old: nn.Module, new: nn.Module) -> None:
     """Gives a newly built encoder the very parameters and buffers of the old one, and its modules' state and hooks."""
     parts = dict(new.named_modules())
     for name, module in old.named_modules():
-        if hasattr(module, "_hf_hook"):
-            raise LacoError("the model is spread over devices; compress it before dispatching it")
         if ".compressor" in name and name not in parts:
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -4,12 +4,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from transformers import LlavaForConditionalGeneration, MistralConfig
 
 import laco
 import tiny
 from families.matrix import NONE, ONE, built
 from laco.families import family_of
-from laco.methods import Method, registry
+from laco.methods import Method, Plan, registry
 
 
 def compressed(name: str, method: Method):
@@ -77,6 +79,82 @@ def test_the_question_is_needed():
     alone = {name: batch[name][:, picture] for name in ("input_ids", "attention_mask")}
     with pytest.raises(laco.LacoError, match="cdpruner needs text, but the prompt has none"):
         model(**alone, pixel_values=batch["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "method", [laco.FastV(layer=1), laco.FlexSelect(), laco.CDPruner()], ids=lambda method: method.name
+)
+def test_embeddings_do_not_tell_the_question(method):
+    """`generate` may be given both; methods that look at pictures alone want none."""
+    model, processor = compressed("llava-siglip", method)
+    batch = dict(tiny.CASES["llava-siglip"].inputs(processor, (f"{ONE[0]} or not?", ONE[1])))
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    by_tokens = model.generate(**batch, **settings)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    assert torch.equal(model.generate(**batch, inputs_embeds=embeds, **settings), by_tokens)
+    del batch["input_ids"]
+    for ask in (model, lambda **given: model.generate(**given, **settings)):
+        with pytest.raises(laco.LacoError, match=f"{method.name} needs the question: give .* input_ids together"):
+            ask(**batch, inputs_embeds=embeds)
+
+
+def test_embeddings_are_enough_for_methods_that_look_at_pictures():
+    model, processor = compressed("llava-siglip", laco.DivPrune(keep=0.3))
+    batch = dict(tiny.CASES["llava-siglip"].inputs(processor, ONE))
+    with torch.no_grad():
+        by_tokens = model(**batch).logits
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        assert torch.equal(model(**batch, inputs_embeds=embeds).logits, by_tokens)
+
+
+@pytest.mark.parametrize("kind", [laco.DivPrune, laco.VisionZip])
+@pytest.mark.parametrize("kept", [[0, 3, 3, 5], [2, -1]], ids=["twice", "not there"])
+def test_plans_that_have_no_place_in_a_model(monkeypatch, kind, kept):
+    monkeypatch.setattr(kind, "plan", lambda self, signals: Plan(torch.tensor(kept)))
+    refused("llava-clip", kind(), "keeps a token twice, or one that is not there, .*leave out strict_reference")
+
+
+def mistral(window: int | None) -> LlavaForConditionalGeneration:
+    config = deepcopy(built("llava-siglip", "stock")[0].config)
+    text = config.text_config
+    config.text_config = MistralConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=window,
+        pad_token_id=text.pad_token_id,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("method", [laco.DivPrune(), laco.FastV(layer=1), laco.EViT()], ids=lambda x: x.name)
+def test_language_models_with_a_sliding_window_in_all_layers(method):
+    with pytest.raises(laco.LacoError, match=r"sees the last 6 tokens alone; .* sliding_window=None in"):
+        laco.compress(mistral(6), None, method)
+    laco.compress(mistral(None), None, method)
+    laco.compress(mistral(6), None, laco.LaCo())
+
+
+@pytest.mark.parametrize("method", [laco.DivPrune(), laco.FastV(layer=1), laco.EViT()], ids=lambda x: x.name)
+def test_models_that_are_spread_over_devices(method):
+    """Hooks of accelerate hold the layers' own forward, which a change of their classes would not reach."""
+    model, processor = deepcopy(built("llava-siglip", "stock"))
+    spread, its = laco.compress(*deepcopy((model, processor)), method)
+    for some in (model, spread):
+        for layer in some.model.language_model.layers:
+            add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(laco.LacoError, match="spread over devices; compress or decompress it before dispatching it"):
+        laco.compress(model, processor, method)
+    batch = tiny.CASES["llava-siglip"].inputs(its, ONE)
+    with torch.no_grad():
+        logits = spread(**batch).logits
+    with pytest.raises(laco.LacoError, match="spread over devices"):
+        laco.decompress(spread, its)
+    with torch.no_grad():
+        assert torch.equal(spread(**batch).logits, logits)
 
 
 def test_what_no_model_gathers_is_refused_at_once():

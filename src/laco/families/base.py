@@ -246,9 +246,15 @@ class Family(ABC):
             return reason
         if self.compressed_model is None or not issubclass(self.compressed_model, ReducedModel):
             return f"{self.name} takes mergers alone so far"
-        kinds = set(getattr(self.text_config(config), "layer_types", None) or ["full_attention"])
+        text = self.text_config(config)
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             return f"its language model has layers of {' and '.join(sorted(kinds - {'full_attention'}))}"
+        if not getattr(text, "layer_types", None) and (window := getattr(text, "sliding_window", None)):
+            return (
+                f"its language model sees the last {window} tokens alone; where prompts are shorter, load it with"
+                " sliding_window=None in its text_config"
+            )
         if missing := method.needs & {"clip_tokens", "clip_text"}:
             return f"it needs {' and '.join(sorted(missing))}, which laco does not gather in models so far"
         if isinstance(method, DecoderMethod):

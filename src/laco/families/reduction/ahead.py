@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from laco.families.reduction.hooks import hooked
 from laco.families.reduction.kept import Entry
 
 
@@ -21,11 +22,9 @@ def run_up_to(model: Any, number: int, entry: Entry) -> Reached:
     def stop(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise Reached(args[0] if args else kwargs["hidden_states"], kwargs)
 
-    hook = model.layers[number].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.stock_forward(**entry.arguments | {"use_cache": False})
+        with hooked(model.layers[number], enter=stop):
+            model.stock_forward(**entry.arguments | {"use_cache": False})
     except Reached as reached:
         return reached
-    finally:
-        hook.remove()
     raise AssertionError("the layers of a language model run one after another")

@@ -6,6 +6,7 @@ too, are computed anew.
 """
 
 from collections.abc import Mapping
+from contextvars import Context
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,8 +53,10 @@ class TokenBeside:
             k_GLd, v_GLd = queries_keys(layer, x_LD, *tables)[1], values(layer, x_LD)
         prompt = DynamicCache()
         prompt.update(k_GLd[None], v_GLd[None], number)
-        # The stock class's forward: the layer's own would drop the cache where activations are checkpointed.
-        out = type(layer)._laco_stock.forward(
+        # The stock class's forward: the layer's own would drop the cache where activations are checkpointed. In a
+        # context of its own, so that transformers does not put out this attention among that of the prompt.
+        out = Context().run(
+            type(layer)._laco_stock.forward,
             layer,
             self.state[row][None],
             **{

@@ -6,7 +6,6 @@ with the tokens that were read; only masks inside the language model need what i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ class ReducedCacheLayer(DynamicLayer):
     Attributes:
         columns_BK: which token of the sequence each entry is; -1 = padding.
         computed_BK: the same of all that the layer has computed, also of entries that were taken out again.
-        read: tokens of the sequence so far.
-        moved_B: by how much the positions of later tokens are lower than in the full sequence.
+        moved_BL: by how much the position of each token that was read is lower than in the full sequence; of one that
+            was dropped, as of the token before it.
         counts_entries: whether `get_seq_length` says how many tokens are held, instead of `read`.
     """
 
@@ -32,9 +31,18 @@ class ReducedCacheLayer(DynamicLayer):
     values: Tensor
     columns_BK: Tensor
     computed_BK: Tensor
-    read: int
-    moved_B: Tensor
+    moved_BL: Tensor
     counts_entries: bool = False
+
+    @property
+    def read(self) -> int:
+        """Tokens of the sequence so far."""
+        return self.moved_BL.shape[1]
+
+    @property
+    def moved_B(self) -> Tensor:
+        """By how much the positions of later tokens are lower."""
+        return self.moved_BL[:, -1:].sum(dim=1)  # 0 where nothing has been read
 
     def get_seq_length(self) -> int:
         held = super().get_seq_length()
@@ -43,11 +51,11 @@ class ReducedCacheLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return super().get_seq_length() + query_length, 0
 
-    def extend(self, columns_BQ: Tensor, read: int, moved_B: Tensor) -> None:
-        """Notes what tokens the newest entries are, `read` having been read with them."""
+    def extend(self, columns_BQ: Tensor, moved_BL: Tensor) -> None:
+        """Notes what tokens the newest entries are, and how the positions of all that were read have moved."""
         self.columns_BK = torch.cat([self.columns_BK, columns_BQ], dim=1)
         self.computed_BK = torch.cat([self.computed_BK, columns_BQ], dim=1)
-        self.read, self.moved_B = read, moved_B
+        self.moved_BL = torch.cat([self.moved_BL, moved_BL], dim=1)
         assert self.columns_BK.shape[1] == self.keys.shape[-2]
 
     def keep_of_newest(self, slot_BK: Tensor, columns_BK: Tensor, number: int) -> None:
@@ -61,7 +69,7 @@ class ReducedCacheLayer(DynamicLayer):
         self.columns_BK = torch.cat([self.columns_BK[:, :first], columns_BK], dim=1)
 
     def pick(self, rows: Any) -> None:
-        for name in ("columns_BK", "computed_BK", "moved_B"):
+        for name in ("columns_BK", "computed_BK", "moved_BL"):
             setattr(self, name, getattr(self, name)[rows])
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -77,16 +85,26 @@ class ReducedCacheLayer(DynamicLayer):
         self.pick(torch.arange(len(self.columns_BK), device=self.columns_BK.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if tokens_to_remove and self.is_initialized:
-            self.columns_BK = self.columns_BK[:, : -abs(tokens_to_remove)]
-            self.computed_BK = self.computed_BK[:, : -abs(tokens_to_remove)]
-            self.read -= abs(tokens_to_remove)
+        """The last tokens that were read leave, as far as they are held.
 
+        A positive number, before transformers 5.18, is how many stay.
+        """
+        left = min(tokens_to_remove, self.read) if tokens_to_remove > 0 else max(self.read + tokens_to_remove, 0)
+        columns_BK, computed_BK = (x.where(x < left, -1) for x in (self.columns_BK, self.computed_BK))
+        some_K = (columns_BK >= 0).any(dim=0)
+        self.keys, self.values = self.keys[..., some_K, :], self.values[..., some_K, :]
+        self.columns_BK = columns_BK[:, some_K]
+        self.computed_BK = computed_BK[:, (computed_BK >= 0).any(dim=0)]
+        self.moved_BL = self.moved_BL[:, :left]
 
-@cache
-def reduced(kind: Any) -> Any:
-    return type(f"Reduced{kind.__name__}", (ReducedCacheLayer, kind), {})
+    def reset(self) -> None:
+        """As new: what is read next may be dropped or not."""
+        layer: Any = self
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        for name in ("columns_BK", "computed_BK", "moved_BL"):
+            delattr(layer, name)
+        layer.__class__ = DynamicLayer
 
 
 def check_cache(past: Cache | None) -> None:
@@ -106,10 +124,9 @@ def reduce_cache(past: Cache, batch: int, read: int, device: torch.device) -> No
         if isinstance(layer, ReducedCacheLayer):
             continue
         held: Any = layer
-        kind: Any = type(layer)
-        held.__class__ = reduced(kind)
+        held.__class__ = ReducedCacheLayer
         held.columns_BK = held.computed_BK = torch.arange(read, device=device).repeat(batch, 1)
-        held.read, held.moved_B = read, torch.zeros(batch, dtype=torch.long, device=device)
+        held.moved_BL = torch.zeros(batch, read, dtype=torch.long, device=device)
 
 
 @contextmanager

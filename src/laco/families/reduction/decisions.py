@@ -1,13 +1,14 @@
 """What a method inside the vision encoder means for training: tokens that are missing, and a loss of its own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laco.families.encoders.reducing import ReducingLayer
+from laco.families.reduction.hooks import hooked
 from laco.families.reduction.lesson import LESSON, Taught
 
 
@@ -19,19 +20,15 @@ def around_missing(projector: nn.Module) -> Iterator[None]:
     """
     missing: list[Tensor] = []
 
-    def enter(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         missing.append(args[0][..., :1].isnan())
-        return args[0].masked_fill(missing[-1], 0), *args[1:]
+        return (args[0].masked_fill(missing[-1], 0), *args[1:]), kwargs
 
-    def leave(_: Any, __: Any, out: Tensor) -> Tensor:
+    def leave(_: Any, __: Any, ___: Any, out: Tensor) -> Tensor:
         return out.masked_fill(missing.pop(), torch.nan)
 
-    hooks = [projector.register_forward_pre_hook(enter), projector.register_forward_hook(leave)]
-    try:
+    with hooked(projector, enter, leave):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -43,16 +40,14 @@ def teaching_reducer(encoder: Any) -> Iterator[None]:
         return
     keeps_BM: list[Tensor] = []
 
-    def note(layer: ReducingLayer, _: Any, out: Any) -> None:
+    def note(layer: ReducingLayer, _: Any, __: Any, out: Any) -> None:
         state = out[1]
         # Masked tokens keep their places in training; package tokens stand behind them.
         keeps_BM.append(state.policy_BN[:, state.prefix : state.slot_BS.shape[1]])
 
     deciding = [layer for layer in encoder.layers if isinstance(layer, ReducingLayer) and layer.compressor is not None]
-    hooks = [layer.register_forward_hook(note) for layer in deciding]
-    try:
+    with ExitStack() as stack:
+        for layer in deciding:
+            stack.enter_context(hooked(layer, leave=note))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     lesson.give(reducer, reducer.loss(keeps_BM, None, None))

@@ -22,16 +22,21 @@ from laco.errors import LacoError
 from laco.families.reduction.ahead import run_up_to
 from laco.families.reduction.beside import BringsToken, TokenBeside
 from laco.families.reduction.cache import ReducedCacheLayer
+from laco.families.reduction.hooks import Tap, tapped
 from laco.families.reduction.kept import Entry, Kept, kept_mask, renumbered
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.projections import at, queries_keys
-from laco.families.reduction.prompt import Prompt, Shown
+from laco.families.reduction.prompt import Prompt, Shown, seen_pairs
 from laco.methods import DecoderMethod, DecoderSignals, Plan
 from laco.methods.decoder import Step, attention_logits
 
 
 class DroppingLayer(nn.Module):
-    """Mixin of a layer of a language model whose input may have lost tokens. `number` counts layers from 0."""
+    """Mixin of a layer of a language model whose input may have lost tokens. `number` counts layers from 0.
+
+    Where it has (`one_text`), the attention is not told positions: rotary tables are made already, and flash attention
+    takes gaps between positions for the beginnings of new texts.
+    """
 
     _laco_stock: ClassVar[type]
     number: int
@@ -44,38 +49,31 @@ class DroppingLayer(nn.Module):
             reduction.watch(self.number, hidden_states, kwargs)
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def forward(self, hidden_states: Tensor, *args: Any, reduction: "Run | None" = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        reduction: "Run | None" = None,
+        one_text: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if one_text:
+            kwargs["position_ids"] = None
         if reduction is None:
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states, kwargs = reduction.enter(self.number, hidden_states, kwargs)
-        seen: list[Step] = []
-        hooks = []
-        if reduction.observes(self.number):
-            hooks = [
-                part.register_forward_hook(
-                    lambda _, given, named, out: seen.append(
-                        Step(
-                            named["hidden_states"] if "hidden_states" in named else given[0],
-                            out[0] if isinstance(out, tuple) else out,
-                        )
-                    ),
-                    with_kwargs=True,
-                )
-                for part in (self.self_attn, self.mlp)
-            ]
-        try:
+        if not reduction.observes(self.number):
+            return super().forward(hidden_states, *args, **kwargs)
+        with tapped(self.self_attn) as attention, tapped(self.mlp) as mlp:
             out = super().forward(hidden_states, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if seen:
-            reduction.observe(self.number, seen)
+        reduction.observe(self.number, [attention, mlp])
         return out
 
 
 @cache
 def dropping(kind: Any) -> Any:
-    return type(f"Dropping{kind.__name__}", (DroppingLayer, kind), {"__module__": __name__, "_laco_stock": kind})
+    """The class of layers like this one that may lose tokens; of the same name, by which layers are kept whole."""
+    return type(kind.__name__, (DroppingLayer, kind), {"__module__": kind.__module__, "_laco_stock": kind})
 
 
 def learns(method: DecoderMethod, model: nn.Module) -> bool:
@@ -120,7 +118,7 @@ class Run:
         self.masks: dict[int, Any] = {}
         self.before: Tensor | None = None
         self.tables: dict[str, Any] = {}
-        self.entry_moved_B = entered.moved_B
+        self.entry_moved_BL = entered.moved_BL
         self.places: dict[int, tuple[Tensor, Tensor]] = {}  # after so many points, as `placed_at` gives them
         self.turned: dict[int, Any] = {}  # rotary tables of these places
         self.memory: dict[int, Any] = {}
@@ -178,7 +176,8 @@ class Run:
                     self.beside.enter(row, number, self.position_ids[..., row, slots])
                     if number + 1 < self.marks[0]:
                         cos, sin = (at(table, row)[..., slots, :] for table in kwargs["position_embeddings"])
-                        others = {name: value for name, value in kwargs.items() if name != "reduction"}
+                        ours = ("reduction", "one_text")
+                        others = {name: value for name, value in kwargs.items() if name not in ours}
                         self.beside.pass_through(row, number, x_BKD[row, slots].detach(), (cos, sin), others)
             if number == self.marks[0] and self.lesson is not None:
                 self.teach(row, x_BKD, slots, visual)
@@ -228,27 +227,20 @@ class Run:
         return x_BKD, {**kwargs, **self.narrowed(stage, kwargs), "attention_mask": self.mask_of(stage, number, x_BKD)}
 
     def narrowed(self, stage: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions and rotary tables of the tokens that are left after so many points."""
+        """The rotary tables of the tokens that are left after so many points."""
         if stage and self.method.positions == "renumber":
             place, _ = self.placed_at(stage)
             if stage not in self.turned:
                 axes = place[-3:] if place.ndim > 2 else place  # of M-RoPE; a plain position may stand before them
                 self.turned[stage] = self.model.rotary_emb(kwargs["position_embeddings"][0], axes)
-            out = {"position_embeddings": self.turned[stage]}
-            if kwargs.get("position_ids") is not None:  # one for each token
-                out["position_ids"] = place.view(-1, *place.shape[-2:])[0]
-            return out
+            return {"position_embeddings": self.turned[stage]}
         if (kept := self.kept_after(stage)) is self.kept[0]:
             return {}
-        slot_BK, out = self.kept[0].slots(kept.columns_BK), {}
-        if (positions := kwargs.get("position_ids")) is not None:
-            out["position_ids"] = pick(positions[..., None], slot_BK)[..., 0]
-        if (tables := kwargs.get("position_embeddings")) is not None:
-            out["position_embeddings"] = tuple(pick(table, slot_BK) for table in tables)
-        return out
+        slot_BK = self.kept[0].slots(kept.columns_BK)
+        return {"position_embeddings": tuple(pick(table, slot_BK) for table in kwargs["position_embeddings"])}
 
     def placed_at(self, stage: int) -> tuple[Tensor, Tensor]:
-        """After so many points: positions, (B, K) or (3 or 4, B, K); by how much a later token's are lower, (B,)."""
+        """After so many points: positions, (B, K) or (3 or 4, B, K); by how much they moved, (B, L) as in `Entry`."""
         if stage not in self.places:
             kept = self.kept_after(stage)
             before_B = self.moved_before(stage)
@@ -258,11 +250,11 @@ class Run:
                 by_token = renumbered(now.movedim(-2, 0).movedim(-1, 1), kept.real_BK)
                 now = by_token.movedim(1, -1).movedim(0, -2)
             moved_BK = (given - now).view(-1, *given.shape[-2:])[-1]  # of M-RoPE any axis
-            self.places[stage] = now, self.entry_moved_B + moved_BK[:, -1]
+            self.places[stage] = now, self.entry_moved_BL + kept.spread(moved_BK)
         return self.places[stage]
 
     def moved_at(self, number: int) -> Tensor:
-        """(B,) by how much positions of later tokens are lower than in the full sequence, in a layer."""
+        """(B, L) by how much positions in a layer are lower than in the full sequence."""
         return self.placed_at(self.stage(number))[1]
 
     def moved_before(self, stage: int) -> Tensor:
@@ -271,7 +263,7 @@ class Run:
         if layers and isinstance(first := layers[0], ReducedCacheLayer):
             behind: Any = layers[self.points[stage - 1]]
             return behind.moved_B - first.moved_B
-        return torch.zeros_like(self.entry_moved_B)
+        return torch.zeros_like(self.entry_moved_BL[:, 0])
 
     def mask_of(self, stage: int, number: int, x_BKD: Tensor) -> Any:
         """The mask of a layer in the form that its attention takes; all layers between two points share it."""
@@ -320,12 +312,13 @@ class Run:
         return slots, self.visual_BL[row, columns_K[slots]].nonzero().flatten()
 
     @torch.no_grad()
-    def observe(self, number: int, steps: list[Step]) -> None:
+    def observe(self, number: int, taps: Sequence[Tap]) -> None:
         self.observed.add(number)
+        steps = [(tap.entered, tap.put_out) for tap in taps]
         for row in range(self.batch):
             slots, visual = self.prompt_tokens(row, self.kept_at(number))
             if len(visual):
-                mine = [Step(step.read[row, slots], step.put_out[row, slots]) for step in steps]
+                mine = [Step(*(x[row, slots] for x in step if x is not None)) for step in steps]
                 self.memory[row] = self.method.observe(self.memory[row], *mine)
 
     def drop(self, stage: int, number: int, x_BKD: Tensor) -> Tensor:
@@ -400,8 +393,13 @@ class Run:
             rotary=rotary,
             memory=self.memory.get(row),
         )
-        rows_M = method.queries(signals)
-        logits_HML = attention_logits(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling)
+        rows_M, visible_ML = method.queries(signals), None
+        if isinstance(self.mask, Tensor) and self.mask.ndim == 4:
+            columns = self.kept[stage].columns_BK[row, slots]
+            mask_LL = seen_pairs(self.mask).expand(self.batch, -1, -1, -1)[row, 0, columns[:, None], columns]
+            hidden_LL = nn.functional.pad(mask_LL, (0, signals.trailing))  # from all others, tokens of the method's own
+            visible_ML = nn.functional.pad(hidden_LL, (0, 0, 0, signals.trailing), value=True)[rows_M]
+        logits_HML = attention_logits(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling, visible_ML)
         return replace(signals, logits=logits_HML, attention=logits_HML.softmax(dim=-1))
 
 

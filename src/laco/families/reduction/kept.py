@@ -60,9 +60,9 @@ class Kept:
 
     def spread(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, L, ...): every token gets what the last kept one up to it has."""
-        slot_BL = self.keep_BL.cumsum(dim=1) - 1 + (~self.real_BK).sum(dim=1, keepdim=True)
-        rows = torch.arange(len(y_BK), device=y_BK.device)[:, None]
-        return y_BK[rows, slot_BL.clamp(min=0)]
+        every_L = torch.arange(self.keep_BL.shape[1], device=y_BK.device)
+        last_BL = torch.where(self.keep_BL, every_L, 0).cummax(dim=1).values
+        return y_BK[torch.arange(len(y_BK), device=y_BK.device)[:, None], self.slots(last_BL)]
 
 
 def renumbered(position_BK: Tensor, real_BK: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def renumbered(position_BK: Tensor, real_BK: Tensor) -> Tensor:
 def kept_mask(mask: Any, kept: Kept, past: ReducedCacheLayer | None, read: int) -> Tensor:
     """The attention mask of what stays: (B, held + K), or (B, 1, K, K) of one in four dimensions.
 
-    Never None: of positions with gaps and no mask, transformers takes every gap for the beginning of a new text.
+    Never None: of positions with gaps and no mask, transformers takes every gap for the beginning of a new text. Flash
+    attention does so too where the mask hides nothing; there `DroppingLayer` hides the positions.
     """
     real_BK = kept.real_BK
     if mask is not None and not isinstance(mask, dict) and mask.ndim == 4:
@@ -107,7 +108,7 @@ def kept_mask(mask: Any, kept: Kept, past: ReducedCacheLayer | None, read: int) 
         mask = torch.ones(batch, read + length, dtype=torch.long, device=real_BK.device)
     if mask.shape[1] < read + length:  # of what is new alone
         mask = torch.cat([mask.new_ones(batch, read + length - mask.shape[1]), mask], dim=1)
-    new_BK = kept.take(mask[:, read:])
+    new_BK = kept.take(mask[:, -length:])
     if past is None:
         return torch.cat([mask[:, :read], new_BK], dim=1)
     held_BK = mask.gather(1, past.columns_BK.clamp(min=0)) * (past.columns_BK >= 0)
@@ -120,12 +121,13 @@ class Entry(NamedTuple):
     Args:
         kept: those.
         arguments: of its forward.
-        moved_B: by how much the positions of later tokens are lower than in the full sequence.
+        moved_BL: by how much the position of each token is lower than in the full sequence; of one that does not enter,
+            as of the token before it.
     """
 
     kept: Kept
     arguments: dict[str, Any]
-    moved_B: Tensor
+    moved_BL: Tensor
 
 
 def entry(
@@ -147,11 +149,22 @@ def entry(
         positions: of what stays: as in the full sequence, or counted anew.
         past: the first layer of the cache, if that holds fewer tokens than were read.
         read: how many were read before.
+
+    Raises:
+        LacoError: positions begin anew, as of several texts that are told apart by them alone.
     """
     kept, others, batch = Kept.of(keep_BL), dict(others), len(keep_BL)
     moved_B = keep_BL.new_zeros(batch, dtype=torch.long) if past is None else past.moved_B
     position_ids = placed(position_ids, read, keep_BL)
     given = kept.take(position_ids.movedim(-2, 0).movedim(-1, 1))
+    mask = kept_mask(attention_mask, kept, past, read)
+    if mask.ndim == 2 and (given.ndim == 2 or given.shape[-1] == 4):  # else they are no plain ones
+        plain_BK, seen_BK = given.view(*given.shape[:2], -1)[..., 0], mask[:, -given.shape[1] :].bool()
+        if ((plain_BK.diff() < 0) & seen_BK[:, 1:] & seen_BK[:, :-1]).any():
+            raise LacoError(
+                "visual tokens cannot be dropped from several texts in one sequence that positions alone tell apart;"
+                " give each a row of its own"
+            )
     now = given - moved_B.view(-1, *[1] * (given.ndim - 1))
     if positions == "renumber":
         now = renumbered(now, kept.real_BK)
@@ -162,10 +175,11 @@ def entry(
     arguments = {
         **others,
         "inputs_embeds": kept.take(inputs_embeds, inputs_embeds.new_zeros(())),
-        "attention_mask": kept_mask(attention_mask, kept, past, read),
+        "attention_mask": mask,
         "position_ids": now.movedim(1, -1).movedim(0, -2),
+        "one_text": True,
     }
-    return Entry(kept, arguments, (given - now)[:, -1].reshape(batch, -1)[:, -1])
+    return Entry(kept, arguments, kept.spread((given - now).reshape(*kept.columns_BK.shape, -1)[..., -1]))
 
 
 def placed(position_ids: Tensor | None, read: int, keep_BL: Tensor) -> Tensor:

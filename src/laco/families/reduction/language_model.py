@@ -1,7 +1,7 @@
 """The language model's share: rows of NaN leave its input, with mask, positions and cache.
 
-Outside, nothing changes its length: hidden states come out for every token of the input, where one was dropped that
-of the token before it, which is what predicts the next.
+Outside, nothing changes its length: the last hidden states come out for every token of the input, where one was dropped
+that of the token before it, which is what predicts the next. Hidden states of layers before are of what these compute.
 """
 
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ class ReducedLanguageModel(PreTrainedModel):
             past=past,
             read=read,
         )
-        kept, arguments, moved_B = entered
+        kept, arguments, moved_BL = entered
         run = None
         if self.method is not None:
             run = Run(self.method, self, entered, attention_mask, read, past_key_values, prompt if drops else None)
@@ -120,12 +120,16 @@ class ReducedLanguageModel(PreTrainedModel):
             outputs = super().forward(past_key_values=past_key_values, **arguments)
         end = kept if run is None else run.kept_at(len(self.layers))
         outputs.last_hidden_state = end.spread(outputs.last_hidden_state)
-        if outputs.past_key_values is not None:
-            reduce_cache(outputs.past_key_values, batch, read, keep_BL.device)
-            for index, layer in enumerate(outputs.past_key_values.layers):
+        if (states := outputs.get("hidden_states")) and states[-1] is not None:  # those that are asked for alone
+            outputs.hidden_states = (*states[:-1], outputs.last_hidden_state)
+        # A cache that is given grows, even where none is to be put out.
+        cache = past_key_values if outputs.past_key_values is None else outputs.past_key_values
+        if cache is not None:
+            reduce_cache(cache, batch, read, keep_BL.device)
+            for index, layer in enumerate(cache.layers):
                 there = kept if run is None else run.kept_at(index)
                 columns_BK = torch.where(there.real_BK, there.columns_BK + read, -1)
-                layer.extend(columns_BK, read + length, moved_B if run is None else run.moved_at(index))
+                layer.extend(columns_BK, moved_BL if run is None else run.moved_at(index))
                 if there is not end and self.method is not None and self.method.rewrites_cache:
                     columns_BK = torch.where(end.real_BK, end.columns_BK + read, -1)
                     layer.keep_of_newest(there.slots(end.columns_BK), columns_BK, there.columns_BK.shape[1])
@@ -166,10 +170,9 @@ def extend(model: Any, methods: Sequence[Method] = (), encoder_channels: int = 0
     }
     if modules:
         model.compressor = nn.ModuleDict(modules)
-    if model.method is not None:
-        for index, layer in enumerate(model.layers):
-            kind = type(layer)
-            layer.__class__, layer.number = dropping(kind), index
+    for index, layer in enumerate(model.layers):
+        kind = type(layer)
+        layer.__class__, layer.number = dropping(kind), index
 
 
 def restore(model: Any) -> None:

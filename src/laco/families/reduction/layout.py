@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from laco.errors import LacoError
 from laco.families.reduction.pictures import View
 from laco.methods import Plan
 
@@ -28,10 +29,20 @@ def starts(views: Sequence[View]) -> list[int]:
 
 
 def laid_out(tokens_nD: Tensor, choices: Sequence[Choice], project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """(n, D) of a picture, rows of NaN where a token is not there; a line break leaves with the last of its row."""
+    """(n, D) of a picture, rows of NaN where a token is not there; a line break leaves with the last of its row.
+
+    Raises:
+        LacoError: a plan keeps a token twice, or one that is not there.
+    """
     out_nD = torch.full_like(tokens_nD, torch.nan)
     part_n = torch.zeros(len(tokens_nD), dtype=torch.long, device=out_nD.device)
     for number, (view, plan, prefix, features) in enumerate(choices, 1):
+        stay = plan.kept.unique()
+        if len(stay) < len(plan.kept) or (stay < 0).any():
+            raise LacoError(
+                "the plan of the selector keeps a token twice, or one that is not there, which has no place in a model;"
+                " leave out strict_reference, with which plans may be so"
+            )
         rows = view.rows.to(out_nD.device)
         kept, own = plan.kept - prefix, plan.kept >= prefix
         place = rows[kept.clamp(min=0)]

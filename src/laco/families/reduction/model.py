@@ -14,11 +14,12 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from laco.errors import LacoError
 from laco.families.encoders import encoder_of
 from laco.families.reduction.decisions import around_missing, teaching_reducer
+from laco.families.reduction.hooks import tapped
 from laco.families.reduction.language_model import extend
 from laco.families.reduction.layout import Choice, laid_out, starts
 from laco.families.reduction.pictures import Pictures, View
 from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
-from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of, tapped
+from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of
 from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
 from laco.methods.question import QuestionSelector
 
@@ -89,6 +90,7 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = signature(super().forward).bind(*args, **kwargs).arguments
         if (input_ids := given.get("input_ids")) is None:
+            self.check_embedded(given)
             return super().forward(*args, **kwargs)
         prompt = prompt_of(self, input_ids, given.get("attention_mask"))
         handed = [*(given.get("mm_encoder_outputs") or {}).values()]
@@ -98,6 +100,16 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
         with within(PROMPT, prompt):
             return super().forward(*args, **kwargs)
+
+    def check_embedded(self, given: Mapping[str, Any]) -> None:
+        """Raises `LacoError` where a method wants to know of a prompt what its embeddings do not tell."""
+        pictures = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        asking = [method for method in self.config.reductions if isinstance(method, DecoderMethod | QuestionSelector)]
+        if not asking or all(given.get(name) is None for name in pictures):
+            return
+        prompt, embeds_BLD = PROMPT.get(), given.get("inputs_embeds")
+        if prompt is None or embeds_BLD is None or prompt.ids_BL.shape != embeds_BLD.shape[:2]:  # else of `generate`
+            raise LacoError(f"{asking[0].name} needs the question: give the model pictures and input_ids together")
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.encode(super().get_image_features, args, kwargs, video=False)  # type: ignore[misc]
@@ -235,7 +247,7 @@ class ReducedForConditionalGeneration(KeepsSignatures, PreTrainedModel, Generati
     around = ("forward",)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
+        labels = signature(super().forward).bind(*args, **kwargs).arguments.get("labels")
         with within(ANSWERS, labels) if labels is not None else nullcontext():
             return super().forward(*args, **kwargs)
 

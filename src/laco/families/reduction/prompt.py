@@ -55,6 +55,8 @@ class Prompt:
         visual_BL: where placeholders of pictures and videos are.
         real_BL: where there is no padding.
         said_BL: where answers are, which no method may look at.
+        told_BL: where tokens see an answer, or are one: all from the first answer on, but not in a question that a mask
+            of pairs of tokens keeps apart from it.
         end_B: how long the prompt is, up to the first answer.
         embedding: of tokens, (B, L) -> (B, L, D).
         ids_BL: the tokens.
@@ -65,13 +67,14 @@ class Prompt:
     visual_BL: Tensor
     real_BL: Tensor
     said_BL: Tensor
+    told_BL: Tensor
     end_B: Tensor
     embedding: Any
     encoded: list[Encoded] = field(default_factory=list)
 
     def text_places(self, row: int) -> Tensor:
-        """(L,) true where the text of a sample is."""
-        return self.real_BL[row] & ~self.visual_BL[row] & ~self.said_BL[row]
+        """(L,) true where the text of a sample is that knows of no answer."""
+        return self.real_BL[row] & ~self.visual_BL[row] & ~self.told_BL[row]
 
     def behind(self, row: int) -> Tensor:
         """(L,) true where the text behind the last visual token of a sample is."""
@@ -128,6 +131,11 @@ def knowing(model: Any, inputs: Any) -> Iterator[None]:
         yield
 
 
+def seen_pairs(mask: Tensor) -> Tensor:
+    """Of a mask of pairs of tokens, (B, 1, L, L), true where one sees another."""
+    return mask if mask.dtype == torch.bool else mask >= 0
+
+
 def prompt_of(model: Any, input_ids: Tensor, attention_mask: Any) -> Prompt:
     """The prompt of a call. `ANSWERS` is the prompt's length in `generate`, or the labels in training.
 
@@ -151,5 +159,8 @@ def prompt_of(model: Any, input_ids: Tensor, attention_mask: Any) -> Prompt:
         said_BL = answers >= 0
         if mask is not None and mask.ndim == 4:  # no text comes behind the last answer: padding
             real_BL = said_BL.flip(1).cumsum(dim=1).flip(1) > 0 | ~said_BL.any(dim=1, keepdim=True)
+    told_BL = said_BL.cumsum(dim=1) > 0
+    if mask is not None and mask.ndim == 4:
+        told_BL = (seen_pairs(mask)[:, 0, :, -length:] & said_BL[:, None]).any(dim=-1)
     end_B = torch.where(said_BL.any(dim=1), said_BL.int().argmax(dim=1), length)
-    return Prompt(input_ids, visual_BL, real_BL, said_BL, end_B, model.get_input_embeddings())
+    return Prompt(input_ids, visual_BL, real_BL, said_BL, told_BL, end_B, model.get_input_embeddings())

@@ -19,7 +19,7 @@ from laco.families.reduction.layout import Choice, laid_out
 from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.pictures import View
 from laco.families.reduction.projections import at, queries_keys
-from laco.families.reduction.prompt import Prompt, Shown
+from laco.families.reduction.prompt import Prompt, Shown, seen_pairs
 from laco.families.reduction.relevance import seen_of, teach
 from laco.methods.decoder import attention_rows
 from laco.methods.selector import Positions
@@ -134,10 +134,7 @@ def sample_attention(model: Any, number: int, prompt: Prompt, row: int, entered:
     q_HLd, k_GLd = queries_keys(
         layer, reached.x_BKD[row, slots], at(cos, row)[..., slots, :], at(sin, row)[..., slots, :]
     )
-    visible_ML = None
-    if mask.ndim == 4:
-        picked_ML = mask[row, 0][slots[rows_M][:, None], slots]
-        visible_ML = picked_ML if picked_ML.dtype == torch.bool else picked_ML >= 0
+    visible_ML = seen_pairs(mask)[row, 0, slots[rows_M][:, None], slots] if mask.ndim == 4 else None
     attention_HMK = attention_rows(q_HLd[:, rows_M], k_GLd, rows_M, layer.self_attn.scaling, visible_ML)
     out_HML = attention_HMK.new_zeros(*attention_HMK.shape[:2], prompt.real_BL.shape[1])
     return out_HML.index_copy(-1, columns, attention_HMK)

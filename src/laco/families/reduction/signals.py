@@ -1,8 +1,6 @@
 """What selectors look at, gathered while the vision encoder runs."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -10,41 +8,11 @@ from einops import rearrange
 from torch import Tensor
 
 from laco.families.encoders import encoder_of
+from laco.families.reduction.hooks import Tap
 from laco.families.reduction.pictures import Pictures, View
 from laco.methods import Method
 
 FROM_ENCODER = {"features", "keys", "queries", "cls_attention"}
-
-
-@dataclass
-class Tap:
-    """A layer of the encoder: its input, its other arguments, its output; (T, P + N, C)."""
-
-    layer: Any
-    entered: Tensor | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    put_out: Tensor | None = None
-
-
-@contextmanager
-def tapped(layer: Any) -> Iterator[Tap]:
-    """Notes what passes through a layer while this lasts."""
-    tap = Tap(layer)
-
-    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tap.entered = (args[0] if args else kwargs["hidden_states"]).detach()
-        names = ("hidden_states", "attention_mask")  # of layers that take the mask by place
-        tap.kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def leave(_: Any, args: Any, out: Any) -> None:
-        tap.put_out = out[0] if isinstance(out, tuple) else out
-
-    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
-    try:
-        yield tap
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Rows(NamedTuple):
