@@ -12,17 +12,10 @@ import laco
 import tiny
 from families.matrix import ONE
 from families.test_glimpse_prune import deep
+from families.test_turns import METHODS
 
-METHODS = {
-    "div_prune": laco.DivPrune(keep=0.3),
-    "renumbered": laco.DivPrune(keep=0.3, positions="renumber"),
-    "flexselect": laco.FlexSelect(keep=0.3),
-    "fastv": laco.FastV(layer=2, keep=0.3),
-    "fastv_renumbered": laco.FastV(layer=2, keep=0.3, positions="renumber"),
-    "sparsevlm": laco.methods.SparseVLM(layer=2, keep=0.3),
-    "glimpse_prune": laco.GlimpsePrune(layer=2, keep=0.4, width=16, condition=16, threshold=0.0),
-}
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+DEEP_ENOUGH = {name: method for name, method in METHODS.items() if name != "pyramid_drop"}  # behind DeepStack
+every_method = pytest.mark.parametrize("method", DEEP_ENOUGH.values(), ids=DEEP_ENOUGH)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
