@@ -101,7 +101,7 @@ def test_how_rows_come_to_their_budgets() -> None:
 
 def test_the_zoo_has_every_method_at_its_budgets() -> None:
     zoo = load_study(ZOO)
-    always = {"random_tokens", "uniform_stride"}
+    always = {"random_tokens", "uniform_stride", "grid_pool"}
     assert {row.method for row in zoo.rows} | always == set(registry())
     for row in zoo.rows:
         for budget, settings in row.at(zoo.budgets).items():

@@ -84,6 +84,19 @@ def test_windows_are_chosen_by_the_tokens_that_they_leave(tmp_path: Path) -> Non
     assert windows(recipe(MODELS / "laco-tiny-video", judge={"data": "world-video"})) == {0.25: 2, 0.11: 3}
 
 
+def test_average_pool_stands_at_every_budget(tmp_path: Path) -> None:
+    """Where no window comes near, as many regions; `grid_pool` refuses nothing that windows took."""
+    plan = make_plan(parse_study(recipe(MODELS / "laco-tiny", heal={})))
+    pools = [(c.budget, c.variant.heal, c.variant.method) for c in plan.cases if c.row == "average pool"]
+    by_method = {
+        name: [(budget, heal) for budget, heal, method in pools if method and method["method"] == name]
+        for name in ("average_pool", "grid_pool")
+    }
+    assert by_method["average_pool"] == [(b, heal) for b in (0.25, 0.11, 0.06) for heal in (False, True)]
+    assert by_method["grid_pool"] == [(0.5, False), (0.5, True)]
+    assert "average pool" not in plan.refused
+
+
 def test_padding_counts(talker_directory: Path) -> None:
     """Of 6 x 6 tokens r = 4 leaves 2 x 2 by padding, as r = 3 does, and 1 x 1 by cropping."""
     raw = recipe(talker_directory, budgets=[0.25, 0.11, 0.03])

@@ -241,7 +241,6 @@ def test_baselines_without_a_line_are_explained() -> None:
     ]
     recipe = {"recipe": {"budgets": [0.5, 0.25]}}
     page = as_markdown(results_of(lines, **recipe), None)
-    assert "- average pool is not here: the window that comes nearest, 2 x 2, leaves 25 %.\n" in page
     assert "- uniform stride is not here: the study has none at this budget.\n" in page
     assert "random is not here" not in page
     assert "down-sampled input is not here" not in page
@@ -272,7 +271,7 @@ def test_rows_that_the_recipe_leaves_out_are_explained() -> None:
     window = "the window that comes nearest, 2 x 2, leaves 25 %"
     late = "the language model's layers before the first drop read all tokens, so small budgets are out of reach"
     assert page.split("\n\n")[0].splitlines() == [
-        f"- 50 %, as it is: average pool, laco@1/4, pixel_shuffle@1/4: {window}.",
+        f"- 50 %, as it is: laco@1/4, pixel_shuffle@1/4: {window}.",
         "- 25 %, as it is: laco@1/4, pixel_shuffle@1/4: it must be trained first.",
         f"- 25 %, as it is; 25 %, healed: dart: {late}.",
         "- 25 %, as it is; 25 %, healed: dyntok: the recipe has no settings that come to this budget.",

@@ -28,6 +28,7 @@ from laco.methods.flexselect import FlexSelect
 from laco.methods.folder import Folder
 from laco.methods.glimpse_prune import GlimpsePrune
 from laco.methods.greedy_prune import GreedyPrune
+from laco.methods.grid_pool import GridPool
 from laco.methods.holov import HoloV
 from laco.methods.ipcv import IPCV
 from laco.methods.laco import LaCo
@@ -78,6 +79,7 @@ __all__ = [
     "Folder",
     "GlimpsePrune",
     "GreedyPrune",
+    "GridPool",
     "HoloV",
     "LDPv2",
     "LaCo",
@@ -133,6 +135,7 @@ BUILT_IN: tuple[type[Method], ...] = (
     IPCV,
     RandomTokens,
     UniformStride,
+    GridPool,
     VisionZip,
     PruMerge,
     VisPruner,

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from laco.methods import DecoderMethod, get
-from laco.study.plan import baseline_rows
 from laco.study.recipe import BASELINES, Row, StudyRecipe, area, factors, percent
 from laco.study.results import Line, StudyResults, by_state
 
@@ -12,15 +11,13 @@ def absent_baselines(results: StudyResults, group: Sequence[Line]) -> Iterator[s
     """A sentence for every baseline without a line among those of one budget and state."""
     if (budget := group[-1].budget) is None:
         return
-    recipe, rows = StudyRecipe.model_validate(results.recipe), {row.label: row for row in baseline_rows()}
     stopped = results.refused | results.failures
     none = "it has not been run yet" if results.pending else "the study has none at this budget"
     for name in BASELINES:
         if name == "none" or any(line.row == name for line in group):
             continue
         keys = [key for key in stopped if key == name or key.startswith(f"{name} {percent(budget)}")]
-        planned = why_absent(rows[name], group, recipe) if name in rows else None
-        yield f"{name} is not here: {stopped[keys[0]] if keys else planned or none}."
+        yield f"{name} is not here: {stopped[keys[0]] if keys else none}."
 
 
 def left_out(results: StudyResults) -> Iterator[str]:
@@ -28,7 +25,7 @@ def left_out(results: StudyResults) -> Iterator[str]:
     recipe = StudyRecipe.model_validate(results.recipe)
     tables: dict[tuple[str, str], list[str]] = {}  # by reason and row
     for group in by_state([line for line in results.lines if line.budget]):
-        for row in (row for row in [*baseline_rows(), *recipe.rows] if row.label not in results.refused):
+        for row in (row for row in recipe.rows if row.label not in results.refused):
             if reason := why_absent(row, group, recipe):
                 tables.setdefault((reason, row.label), []).append(group[0].state)
     rows: dict[tuple[str, str], list[str]] = {}  # by reason and tables

@@ -193,6 +193,8 @@ def legend(results: StudyResults) -> dict[str, str]:
     meanings = [
         "`none` is the model as it is, above every table, and healed, too, in those of healed rows",
         f"{', '.join(BASELINES[1:])} are the other baselines",
+        "`average pool` is that of square windows before the projector, or, where none come near the budget, of as many"
+        " regions behind it (grid_pool)",
     ]
     if any(name.endswith("@1/4") for name in names):
         meanings.append("`@1/4` stands after a quarter of the vision encoder's layers")

@@ -57,7 +57,10 @@ def make_plan(recipe: StudyRecipe) -> Plan:
     for row, is_baseline in [(row, True) for row in baseline_rows()] + [(row, False) for row in recipe.rows]:
         reasons: dict[str, str] = {}
         found: list[Case] = []
+        there = {case.budget for case in cases if case.row == row.label}
         for budget, settings in row.at(recipe.budgets, partial(trial.left, row)).items():
+            if budget in there:
+                continue
             method = row.build(settings)
             if reason := trial.why_not(method):
                 reasons[f"{row.label} {percent(budget)}"] = reason
@@ -65,7 +68,7 @@ def make_plan(recipe: StudyRecipe) -> Plan:
             place = "baseline" if is_baseline else place_of(method)
             given = {"method": row.method, **settings}
             found += in_both_states(recipe, row.label, place, budget, given, row, method=method.to_dict())
-        if not found and not reasons:
+        if not found and not reasons and not there:
             reasons = {row.label: why_nothing(row, recipe.heal is not None)}
         cases += found
         refused |= by_row(row.label, reasons)
@@ -73,11 +76,12 @@ def make_plan(recipe: StudyRecipe) -> Plan:
 
 
 def baseline_rows() -> list[Row]:
-    """The baselines that are methods."""
+    """The baselines that are methods; of two of one name the later stands at the budgets where the first has none."""
     rows: list[dict[str, Any]] = [
         {"method": "random_tokens", "name": RANDOM, "budgets": "keep"},
         {"method": "uniform_stride", "name": "uniform stride", "budgets": "keep"},
         {"method": "average_pool", "name": "average pool", "depth": 1.0, "budgets": "factor"},
+        {"method": "grid_pool", "name": "average pool", "budgets": "keep"},
     ]
     return [Row.model_validate(row) for row in rows]
 
