@@ -49,6 +49,8 @@ def in_batch(index_BK: Tensor, rows: int) -> Tensor:
 
     Whole rows by one index, not channel by channel as `gather` and `scatter` do it, which is slower on a CPU.
     """
+    if len(index_BK) == 1:
+        return index_BK[0]
     return (index_BK + rows * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
 
 

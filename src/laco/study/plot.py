@@ -113,13 +113,13 @@ def label(axes: Axes, lines: Sequence[Line]) -> None:
         )
         half = np.array(note.get_window_extent().size) / 2
         far = busy[np.linalg.norm(busy - here, axis=-1) > 6 * point]
-        for reach, angle in product(range(6, 160, 3), np.linspace(0, 2 * np.pi, 24, endpoint=False)):
+        for reach, angle in product(range(6, 90, 3), np.linspace(0, 2 * np.pi, 24, endpoint=False)):
             away = np.array([np.cos(angle), np.sin(angle)])
             edge = here + away * reach * point
             middle = edge + away / abs(away).max() * half
             tie, box = np.linspace(here, edge, 20), Bbox([middle - half, middle + half])
             if (
-                covered(axes.bbox, box.corners()) == 4
+                covered(axes.bbox, box.padded(3 * point).corners()) == 4
                 and not covered(box.padded(3 * point), busy)
                 and not any(
                     box.padded(2 * point).overlaps(other) or covered(other.padded(point), tie) for other in names

@@ -11,12 +11,12 @@ Shape letters: B pictures, N tokens, C channels, H heads of width d.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,11 +25,12 @@ from laco.methods.base import LayerParts
 
 Parts = tuple[str, ...]  # modules of a layer, one behind the other; a parameter among them is a factor
 Softmax = Callable[[Tensor], Tensor]
+getter = cache(attrgetter)  # making one takes longer than using it
 
 
 def run(layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
     for name in parts:
-        part = attrgetter(name)(layer)
+        part = getter(name)(layer)
         x = part(x) if isinstance(part, nn.Module) else part * x
     return x
 
@@ -69,14 +70,14 @@ class Halves:
         kinds = [nn.LayerNorm if names in (self.norm, norm2) else nn.Linear for names in paths]
         if not all(map(isinstance, found, kinds)):
             return None
-        heads: int = attrgetter(self.attention)(layer).config.num_attention_heads
+        heads: int = getter(self.attention)(layer).config.num_attention_heads
         return LayerParts(heads, *found)
 
     def heads(self, layer: nn.Module, x_BNC: Tensor, *projections: Parts) -> list[Tensor]:
         """(B, H, N, d) by each of these projections, of tokens (B, N, C) that enter a layer."""
-        heads = attrgetter(self.attention)(layer).config.num_attention_heads
+        heads = getter(self.attention)(layer).config.num_attention_heads
         normed_BNC = run(layer, x_BNC, self.norm)
-        return [rearrange(run(layer, normed_BNC, parts), "b n (h d) -> b h n d", h=heads) for parts in projections]
+        return [run(layer, normed_BNC, parts).unflatten(-1, (heads, -1)).transpose(1, 2) for parts in projections]
 
     def queries_keys(self, layer: nn.Module, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, H, N, d), of tokens that enter a layer."""
@@ -93,7 +94,7 @@ class Halves:
             softmax: of logits (B, H, N, N), where no bias can say what it is; attention is then written out.
         """
         q, k, v = self.heads(layer, x_BNC, self.queries, self.keys, self.values)
-        module: Any = attrgetter(self.attention)(layer)
+        module: Any = getter(self.attention)(layer)
         settings = {
             "scaling": q.shape[-1] ** -0.5,
             "dropout": getattr(module.config, self.dropout) if layer.training else 0.0,
