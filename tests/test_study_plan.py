@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import laco
+import tiny
 from laco import cli
 from laco.cost import Ratio
 from laco.errors import LacoError
@@ -94,6 +95,14 @@ def test_average_pool_stands_at_every_budget(tmp_path: Path) -> None:
     }
     assert by_method["average_pool"] == [(b, heal) for b in (0.25, 0.11, 0.06) for heal in (False, True)]
     assert by_method["grid_pool"] == [(0.5, False), (0.5, True)]
+    assert "average pool" not in plan.refused
+
+
+def test_a_model_that_takes_mergers_alone_has_average_pool_where_windows_come_near(tmp_path: Path) -> None:
+    laco.save_pretrained(*tiny.CASES["mistral3-pixtral"].build(), tmp_path)
+    plan = make_plan(parse_study(recipe(tmp_path, budgets=[0.5, 0.25])))
+    assert [case.budget for case in plan.cases if case.row == "average pool"] == [0.25]
+    assert "takes mergers alone" in plan.refused["average pool 50 %"]
     assert "average pool" not in plan.refused
 
 

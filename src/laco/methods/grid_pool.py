@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from laco.methods.selector import Plan, Selector, Signals
 
@@ -48,9 +49,7 @@ class GridPool(Selector):
         return Plan(kept_K, weights_KN / weights_KN.sum(dim=1, keepdim=True))
 
 
-def pieces(
-    index: torch.Tensor, total: int | torch.Tensor, count: int | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pieces(index: Tensor, total: int | Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """Where piece `index` begins if a total is cut into so many of nearly one size, and its size."""
     first = index * total // count
     return first, (index + 1) * total // count - first

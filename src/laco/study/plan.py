@@ -71,7 +71,7 @@ def make_plan(recipe: StudyRecipe) -> Plan:
         if not found and not reasons and not there:
             reasons = {row.label: why_nothing(row, recipe.heal is not None)}
         cases += found
-        refused |= by_row(row.label, reasons)
+        refused |= reasons if there else by_row(row.label, reasons)  # only some budgets, if it stands at others
     return Plan(cases, refused)
 
 
