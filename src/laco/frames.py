@@ -13,6 +13,7 @@ from transformers import AutoProcessor, BatchFeature, LlavaOnevisionProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from laco.errors import LacoError
+from laco.families.counts import counting
 from laco.families.llava_onevision import LacoLlavaOnevisionConfig
 
 _SHARED = ("size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -67,3 +68,4 @@ class LlavaOnevisionFramesProcessor(LlavaOnevisionProcessor):
 
 
 AutoProcessor.register(LacoLlavaOnevisionConfig, LlavaOnevisionFramesProcessor)
+counting(LlavaOnevisionFramesProcessor)

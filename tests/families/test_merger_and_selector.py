@@ -54,6 +54,11 @@ def both(name: str, merger: Merger, selector: Selector) -> tuple[Any, Any]:
     return model, processor
 
 
+def full(name: str, merger: Merger) -> Any:
+    """A processor that goes on counting every token."""
+    return merged(name, merger)[1]
+
+
 def equal_alone(name: str, model: Any, processor: Any) -> None:
     case, some = tiny.CASES[name], prompts(name)
     together = last_logits(model, case.inputs(processor, *some))
@@ -77,7 +82,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone_and_the_budget_holds(name,
     selector = SELECTORS[kind]
     model, processor = both(name, MERGERS[place], selector)
     equal_alone(name, model, processor)
-    batch = tiny.CASES[name].inputs(processor, prompts(name)[-1])
+    batch = tiny.CASES[name].inputs(full(name, MERGERS[place]), prompts(name)[-1])
     left_n = there(model, batch, model.config.image_token_id)
     # CLS comes on top in VisionZip, where the projector takes it.
     extra = int(kind == "visionzip" and name.endswith("-clip") and place != "projector")
@@ -121,8 +126,8 @@ def test_a_selector_sees_the_means_of_the_windows_that_were_merged(name, merger,
 @pytest.mark.parametrize("name", ["llava_onevision-siglip", "llava_onevision-clip", "qwen2_5_vl-qwen2_5_vl"])
 def test_videos(name, kind):
     selector = SELECTORS[kind]
-    model, processor = both(name, MERGERS["external"], selector)
-    batch = tiny.CASES[name].videos(model, processor, 4, 0)
+    model, _ = both(name, MERGERS["external"], selector)
+    batch = tiny.CASES[name].videos(model, full(name, MERGERS["external"]), 4, 0)
     left_n = there(model, batch, model.config.video_token_id)
     breaks = int(name.startswith("llava_onevision"))
     assert int(left_n.sum()) == selector.budget(len(left_n) - breaks) + breaks
@@ -141,7 +146,7 @@ def test_prunesid_keeps_its_budget_where_no_projector_takes_cls(keep):
     model, processor = deepcopy(built(name, "stock"))
     laco.compress(model, processor, selector)
     equal_alone(name, model, processor)
-    batch = tiny.CASES[name].inputs(processor, prompts(name)[-1])
+    batch = tiny.CASES[name].inputs(built(name, "stock")[1], prompts(name)[-1])
     left_n = there(model, batch, model.config.image_token_id)
     assert int(left_n.sum()) == selector.budget(len(left_n))
 

@@ -75,9 +75,9 @@ def left_of(model: Any, batch: Any) -> list[int]:
 @every_case
 def test_what_stays_is_what_the_question_attends_to_in_the_stock_model(name):
     method = FlexSelect(keep=0.3)
-    model, processor = reduced(name, method)
-    stock = built(name, "stock")[0]
-    batch = tiny.CASES[name].inputs(processor, prompts(name)[-1])
+    model, _ = reduced(name, method)
+    stock, its = built(name, "stock")
+    batch = tiny.CASES[name].inputs(its, prompts(name)[-1])
     seen = read_by_language_model(stock, batch)
     attention_HLL = attention_of_stock(stock, seen, scored(name), position_ids=seen.get("position_ids"))
     columns = (batch["input_ids"][0] == stock.config.image_token_id).nonzero().flatten()
@@ -96,9 +96,9 @@ def test_what_stays_is_what_the_question_attends_to_in_the_stock_model(name):
 @pytest.mark.parametrize("name", VIDEOS)
 def test_groups_of_frames_are_scored_like_videos_of_their_own(name):
     method = FlexSelect(keep=0.4, max_frames=2)
-    model, processor = reduced(name, method)
-    stock = built(name, "stock")[0]
-    batch = tiny.CASES[name].videos(stock, processor, 5 if name.startswith("llava") else 10, 0)
+    model, _ = reduced(name, method)
+    stock, its = built(name, "stock")
+    batch = tiny.CASES[name].videos(stock, its, 5 if name.startswith("llava") else 10, 0)
     seen = read_by_language_model(stock, batch)
     ids = batch["input_ids"]
     columns = (ids[0] == stock.config.video_token_id).nonzero().flatten()
@@ -179,10 +179,10 @@ def test_beams_share_the_pictures_of_their_sample():
 
 
 def test_another_question_leaves_other_tokens():
-    model, processor = reduced("llava-siglip", FlexSelect(keep=0.2))
-    picture = ONE[1]
+    model, _ = reduced("llava-siglip", FlexSelect(keep=0.2))
+    picture, its = ONE[1], built("llava-siglip", "stock")[1]
     left = [
-        left_of(model, tiny.CASES["llava-siglip"].inputs(processor, (f"<image> {question}", picture)))[: 7 + 1]
+        left_of(model, tiny.CASES["llava-siglip"].inputs(its, (f"<image> {question}", picture)))[: 7 + 1]
         for question in ("what is here now?", "no or say well not?")
     ]
     assert left[0] != left[1]

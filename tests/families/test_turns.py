@@ -88,11 +88,12 @@ def test_a_turn_is_cut_within(method):
 
 
 def test_a_batch_of_which_rows_lose_unequal_numbers_of_tokens():
-    """Cut in the middle of pictures, of which every row keeps others."""
-    model, processor = compressed(METHODS["div_prune"])
+    """Cut in the middle of pictures, of which every row keeps others, in prompts with a placeholder for each token."""
+    model, _ = compressed(METHODS["div_prune"])
+    its = deep(NAME)[1]
     prompts = [(SECOND[0], [tiny.picture(seed)]) for seed in (3, 4)]
-    past = read(model, turn(processor, *prompts)).past_key_values
-    alone = [read(model, turn(processor, prompt)).past_key_values for prompt in prompts]
+    past = read(model, turn(its, *prompts)).past_key_values
+    alone = [read(model, turn(its, prompt)).past_key_values for prompt in prompts]
     for cache in (past, *alone):
         cache.crop(-24)
     got = read(model, {"input_ids": MORE.repeat(2, 1)}, past).logits

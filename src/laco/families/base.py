@@ -20,6 +20,7 @@ from transformers import (
 
 from laco.errors import LacoError
 from laco.families.connector import Connector
+from laco.families.counts import Counts
 from laco.families.encoders import CompressedVisionModel, Encoder, encoder_of
 from laco.families.encoders.base import Size, take_over_conversions
 from laco.families.reduction import ReducedModel, restore
@@ -44,6 +45,7 @@ class Family(ABC):
             other duties; there, external methods stand before it.
         packs: several questions about a picture may be trained on in one sequence, kept apart by a mask of pairs of
             tokens and by positions: plain causal attention with positions of one dimension.
+        one_grid, behind_video: see `Counts`.
         auto_model, auto_processor: the Auto classes that load them.
     """
 
@@ -60,6 +62,8 @@ class Family(ABC):
     projector_at: ClassVar[str] = "model.multi_modal_projector"
     connects: ClassVar[bool] = False
     packs: ClassVar[bool] = True
+    one_grid: ClassVar[bool] = False
+    behind_video: ClassVar[int | None] = 0
     auto_model: ClassVar[Any] = AutoModelForImageTextToText
     auto_processor: ClassVar[Any] = AutoProcessor
 
@@ -75,6 +79,8 @@ class Family(ABC):
         """Makes the Auto classes know the classes of compressed models."""
         if self.compressed is None or self.compressed_model is None or self.compressed_config is None:
             return
+        if issubclass(self.compressed_model, ReducedModel):
+            self.compressed_model.family = self
         AutoConfig.register(self.compressed_config.model_type, self.compressed_config, exist_ok=True)
         AutoModel.register(self.compressed_config, self.compressed_model, exist_ok=True)
         AutoModelForImageTextToText.register(self.compressed_config, self.compressed, exist_ok=True)
@@ -213,26 +219,32 @@ class Family(ABC):
         kind = self.compressed_model
         return kind is not None and issubclass(kind, ReducedModel) and not kind.pictures.by_token
 
+    def counts(self, config: Any) -> Counts:
+        """What methods inside the encoder and behind it leave of pictures."""
+        kind, joins = self.encoder_kind(config), self.unmerges(config)
+        # A prefix token that stays passes the projector by itself.
+        alone = not joins and all(step.place != "projector" for step in self.steps(config))
+        return Counts(
+            reducer=None if joins else self.reducer(config),
+            selector=next((method for method in self.reductions(config) if isinstance(method, Selector)), None),
+            layers=kind.num_layers(self.vision_config(config)),
+            last=max(self.read_layers(config)),
+            prefix=self.prefix(config) if alone else 0,
+            grid=self.grid(config).tokens if self.one_grid else None,
+            behind_video=self.behind_video,
+        )
+
     def tokens_read(self, config: Any, grid: Grid) -> float | None:
         """As `visual_tokens`, after methods behind the encoder and, on average over layers, inside the language model;
         None where that depends on what is seen.
         """
-        tokens: float = self.visual_tokens(config, grid)
-        if (reducer := self.reducer(config)) is not None and not self.unmerges(config):
-            if not reducer.static_count:
-                return None
-            layers = self.encoder_kind(config).num_layers(self.vision_config(config))
-            tokens = reducer.num_tokens(round(tokens), layers, max(self.read_layers(config)))
-        for method in self.reductions(config):
-            if not method.static_count:
-                return None
-            if isinstance(method, Selector):
-                # A prefix token that stays passes the projector by itself.
-                alone = not self.unmerges(config) and all(step.place != "projector" for step in self.steps(config))
-                tokens = method.left(round(tokens), self.prefix(config) if alone else 0)
-            elif isinstance(method, DecoderMethod):
-                tokens = fmean(method.layer_tokens(round(tokens), self.text_config(config).num_hidden_layers))
-        return tokens
+        tokens: float | None = self.counts(config).left(self.visual_tokens(config, grid))
+        method = next((method for method in self.reductions(config) if isinstance(method, DecoderMethod)), None)
+        if tokens is None or method is None:
+            return tokens
+        if not method.static_count:
+            return None
+        return fmean(method.layer_tokens(round(tokens), self.text_config(config).num_hidden_layers))
 
     def reads_question(self, config: PreTrainedConfig) -> bool:
         """Whether what is left of a picture depends on the question in a way that its features alone cannot tell."""

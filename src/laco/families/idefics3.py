@@ -133,7 +133,8 @@ class TiledFamily(Family):
         return [(width * config.scale_factor**2, text_width)]
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
-        return {"image_seq_len": self.visual_tokens(config, self.grid(config))}
+        tokens = self.visual_tokens(config, self.grid(config))
+        return {"image_seq_len": self.counts(config).placeholders(tokens)}
 
     def picture_numbers(self, processor: Any, config: Any) -> dict[str, tuple[Any, Any]]:
         wanted = self.vision_config(config).image_size

@@ -112,7 +112,8 @@ class InternVL(Family):
         return [(width * shuffled_side(config) ** 2, text_width), (text_width, text_width)]
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
-        return {"image_seq_length": self.visual_tokens(config, self.grid(config))}
+        tokens = self.visual_tokens(config, self.grid(config))
+        return {"image_seq_length": self.counts(config).placeholders(tokens)}
 
 
 def shuffled_side(config: Any) -> int:

@@ -42,6 +42,7 @@ class Llava(Family):
     compressed_config = LacoLlavaConfig
     encoders = (SIGLIP, CLIP, AIMV2, DINOV2)
     connects = True
+    one_grid = True
 
     def visual_tokens(self, config: Any, grid: Grid) -> int:
         # Read with the prefix tokens unless the strategy is to drop (one of) them.
@@ -49,8 +50,10 @@ class Llava(Family):
         return grid.tokens + prefix - (config.vision_feature_select_strategy == "default")
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
+        tokens = self.visual_tokens(config, self.grid(config))
         return {
             "patch_size": config.vision_config.patch_size,
-            "num_additional_image_tokens": self.prefix(config),
+            # Below 0 where a method leaves fewer tokens than the grid has.
+            "num_additional_image_tokens": self.prefix(config) + self.counts(config).placeholders(tokens) - tokens,
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
         }

@@ -13,13 +13,16 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
+    LlavaOnevisionProcessor,
     PreTrainedConfig,
 )
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from laco.errors import LacoError
 from laco.families.base import Family
+from laco.families.compat import TAKES_FEATURES
 from laco.families.connector import ConnectorForConditionalGeneration, ConnectorModel
+from laco.families.counts import count, counting
 from laco.families.encoders import CLIP, SIGLIP
 from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 from laco.families.reduction.pictures import Pictures, View, square_view
@@ -68,10 +71,12 @@ class TiledPictures(Pictures):
             out.append(views)
         return out
 
-    def placeholders(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[int]:
-        if video:  # the model adds the line break later before transformers 5.18
-            return [view.grid.tokens + 1 for (view,) in self.views(body, lengths, inputs, video)]
-        return list(lengths)
+    def placeholders(self, lengths: Sequence[int], video: bool) -> list[int]:
+        # The model adds the line break of a video later before transformers 5.18.
+        return [length + (video and not TAKES_FEATURES) for length in lengths]
+
+    def frames_of(self, body: Any, tokens: int, grids: Mapping[str, Any]) -> int:
+        return tokens // (-(-FAMILY.grid(body.config).height // 2)) ** 2
 
     def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
         if video:
@@ -108,6 +113,8 @@ class LlavaOnevision(Family):
     compressed_config = LacoLlavaOnevisionConfig
     encoders = (SIGLIP, CLIP)
     connects = True
+    one_grid = True
+    behind_video = 1
 
     def processor_numbers(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {
@@ -124,5 +131,10 @@ class LlavaOnevision(Family):
         if ours != [tuple(size) for size in config.image_grid_pinpoints]:
             raise LacoError("the processor does not match the model: their image_grid_pinpoints differ")
 
+    def set_processor(self, processor: Any, config: PreTrainedConfig) -> None:
+        super().set_processor(processor, config)
+        count(processor, self.counts(config))
+
 
 FAMILY = LlavaOnevision()
+counting(LlavaOnevisionProcessor)

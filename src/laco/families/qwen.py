@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from laco.families.base import Family
+from laco.families.counts import count
 from laco.families.encoders.qwen import PackedLayer, PackedVisionConfig, QwenEncoder
 from laco.families.reduction import ReducedConfig, ReducedForConditionalGeneration, ReducedModel
 from laco.families.reduction.pictures import Pictures, View
+from laco.families.reduction.short_m_rope import TakesShortMRope
 from laco.families.steps import Step
 from laco.grid import Grid
 
@@ -49,6 +51,10 @@ class PackedPictures(Pictures):
     def views(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[list[View]]:
         return [[View(torch.arange(grid.tokens), grid)] for grid in self.grids(body, inputs, video)]
 
+    def frames_of(self, body: Any, tokens: int, grids: Mapping[str, Any]) -> int:
+        videos = self.grids(body, grids, video=True)
+        return next(grid.frames for grid in videos if grid.tokens == tokens)
+
     def tiles(self, body: Any, pictures: int, inputs: Mapping[str, Any], video: bool) -> list[int]:
         return [1]  # there are no prefix tokens
 
@@ -72,7 +78,7 @@ class PackedPictures(Pictures):
         return x_TNC  # whole blocks are joined when they are gathered
 
 
-class QwenModel(ReducedModel):
+class QwenModel(TakesShortMRope, ReducedModel):
     """Mixin of a model with a compressed encoder."""
 
     pictures = PackedPictures()
@@ -142,6 +148,7 @@ class QwenVL(Family):
         super().set_processor(processor, config)
         if (videos := getattr(processor, "video_processor", None)) is not None:
             videos.merge_size = config.vision_config.spatial_merge_size
+        count(processor, self.counts(config))
 
 
 def patch_numbers(config: Any) -> dict[str, int]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
 from transformers.vision_utils import get_vision_window_index
 
+from laco.families.counts import counting
 from laco.families.encoders.qwen2_5_vl import QWEN2_5_VL, LacoQwen2_5_VLVisionConfig
 from laco.families.qwen import PackedPictures, QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
 
@@ -47,3 +48,6 @@ class Qwen2_5_VL(QwenVL):
     compressed_model = LacoQwen2_5_VLModel
     compressed_config = LacoQwen2_5_VLConfig
     encoders = (QWEN2_5_VL,)
+
+
+counting(Qwen2_5_VLProcessor)

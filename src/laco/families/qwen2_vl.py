@@ -1,7 +1,8 @@
 """Qwen2-VL: pictures of any size and videos, at positions in three dimensions (M-RoPE)."""
 
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel, Qwen2VLProcessor
 
+from laco.families.counts import counting
 from laco.families.encoders.qwen2_vl import QWEN2_VL, LacoQwen2VLVisionConfig
 from laco.families.qwen import QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
 
@@ -29,3 +30,6 @@ class Qwen2VL(QwenVL):
     compressed_model = LacoQwen2VLModel
     compressed_config = LacoQwen2VLConfig
     encoders = (QWEN2_VL,)
+
+
+counting(Qwen2VLProcessor)

@@ -5,8 +5,9 @@ Frames of videos are pictures, each behind its timestamp.
 
 from typing import Any
 
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
 
+from laco.families.counts import counting
 from laco.families.encoders.qwen3_vl import QWEN3_VL, LacoQwen3VLVisionConfig
 from laco.families.qwen import QwenConfig, QwenForConditionalGeneration, QwenModel, QwenVL
 from laco.methods import DecoderMethod, Method
@@ -35,6 +36,7 @@ class Qwen3VL(QwenVL):
     compressed_model = LacoQwen3VLModel
     compressed_config = LacoQwen3VLConfig
     encoders = (QWEN3_VL,)
+    behind_video = None  # every frame has placeholders of its own
 
     def why_not(self, config: Any, method: Method) -> str | None:
         levels = len(config.vision_config.deepstack_visual_indexes)
@@ -46,3 +48,6 @@ class Qwen3VL(QwenVL):
                     f" tokens may leave after layer {levels} or later; got {first}"
                 )
         return super().why_not(config, method)
+
+
+counting(Qwen3VLProcessor)

@@ -1,7 +1,8 @@
 """The language model's share: rows of NaN leave its input, with mask, positions and cache.
 
-Outside, nothing changes its length: the last hidden states come out for every token of the input, where one was dropped
-that of the token before it, which is what predicts the next. Hidden states of layers before are of what these compute.
+Outside, nothing changes its length: the last hidden states come out for every token of the prompt, where one was
+dropped that of the token before it, which is what predicts the next. Hidden states of layers before are of what these
+compute.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from transformers import Cache, PreTrainedModel
 from laco.families.encoders.base import reset_compressor
 from laco.families.reduction.cache import ReducedCacheLayer, check_cache, counting_entries, reduce_cache
 from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns
-from laco.families.reduction.kept import entry
+from laco.families.reduction.kept import Kept, entry
 from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.prompt import PROMPT
 from laco.families.reduction.scoring import without_rest
+from laco.families.reduction.short import SHORT, Short
 from laco.families.reduction.trained import kind_of, trained_modules
 from laco.methods import DecoderMethod, MergerModule, Method, Selector
 from laco.methods.question import QuestionSelector
@@ -84,12 +86,14 @@ class ReducedLanguageModel(PreTrainedModel):
             check_cache(past_key_values)
             inputs_embeds = without_rest(self, prompt, inputs_embeds, attention_mask, position_ids, kwargs)
         keep_BL = ~inputs_embeds[..., 0].isnan()
+        if (short := SHORT.get()) is not None:
+            keep_BL = keep_BL & ~short.padding_BL
         first = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
         past = first if isinstance(first, ReducedCacheLayer) else None
         drops = self.method is not None and prompt is not None and bool((prompt.visual_BL & keep_BL).any())
         if self.method is not None and learns(self.method, self):
             drops = drops and LESSON.get() is not None
-        if keep_BL.all() and past is None and not drops:
+        if keep_BL.all() and past is None and not drops and short is None:
             return super().forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -111,6 +115,7 @@ class ReducedLanguageModel(PreTrainedModel):
             read=read,
         )
         kept, arguments, moved_BL = entered
+        outside = kept if short is None else short.given(kept)  # what the sequence is to the outside
         run = None
         if self.method is not None:
             run = Run(self.method, self, entered, attention_mask, read, past_key_values, prompt if drops else None)
@@ -120,6 +125,9 @@ class ReducedLanguageModel(PreTrainedModel):
             outputs = super().forward(past_key_values=past_key_values, **arguments)
         end = kept if run is None else run.kept_at(len(self.layers))
         outputs.last_hidden_state = end.spread(outputs.last_hidden_state)
+        if short is not None:
+            rows = torch.arange(batch, device=keep_BL.device)[:, None]
+            outputs.last_hidden_state = outputs.last_hidden_state[rows, outside.columns_BK]
         if (states := outputs.get("hidden_states")) and states[-1] is not None:  # those that are asked for alone
             outputs.hidden_states = (*states[:-1], outputs.last_hidden_state)
         # A cache that is given grows, even where none is to be put out.
@@ -128,12 +136,20 @@ class ReducedLanguageModel(PreTrainedModel):
             reduce_cache(cache, batch, read, keep_BL.device)
             for index, layer in enumerate(cache.layers):
                 there = kept if run is None else run.kept_at(index)
-                columns_BK = torch.where(there.real_BK, there.columns_BK + read, -1)
-                layer.extend(columns_BK, moved_BL if run is None else run.moved_at(index))
+                moved = moved_BL if run is None else run.moved_at(index)
+                if short is not None:
+                    moved = moved.gather(1, outside.columns_BK) - short.gained(outside.columns_BK)
+                layer.extend(numbered(there, outside, short, read), moved)
                 if there is not end and self.method is not None and self.method.rewrites_cache:
-                    columns_BK = torch.where(end.real_BK, end.columns_BK + read, -1)
+                    columns_BK = numbered(end, outside, short, read)
                     layer.keep_of_newest(there.slots(end.columns_BK), columns_BK, there.columns_BK.shape[1])
         return outputs
+
+
+def numbered(there: Kept, outside: Kept, short: Short | None, read: int) -> Tensor:
+    """(B, K) which tokens of the sequence these are to the outside, -1 = padding; `read` were read before."""
+    number_BK = there.columns_BK if short is None else short.numbered(outside, there.columns_BK)
+    return torch.where(number_BK >= 0, number_BK + read, -1)
 
 
 @cache

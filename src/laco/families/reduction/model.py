@@ -17,8 +17,10 @@ from laco.families.reduction.decisions import around_missing, teaching_reducer
 from laco.families.reduction.hooks import tapped
 from laco.families.reduction.language_model import extend
 from laco.families.reduction.layout import Choice, laid_out, starts
-from laco.families.reduction.pictures import Pictures, View
+from laco.families.reduction.pictures import View
 from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
+from laco.families.reduction.short import SHORT
+from laco.families.reduction.short_prompts import TakesShortPrompts, grids_of, named
 from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of
 from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
 from laco.methods.question import QuestionSelector
@@ -71,11 +73,10 @@ class KeepsSignatures:
                 setattr(cls, name, with_signature_of(theirs, ours))
 
 
-class ReducedModel(KeepsSignatures, PreTrainedModel):
-    """Mixin of a model without its language-model head. Class data: `pictures`."""
+class ReducedModel(KeepsSignatures, TakesShortPrompts):
+    """Mixin of a model without its language-model head. Class data: `pictures`, and `family`, which sets itself."""
 
     around = ("forward", "get_image_features", "get_video_features")
-    pictures: ClassVar[Pictures]
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -88,18 +89,24 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         extend(self.pictures.language_model(self), self.config.reductions, channels)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = signature(super().forward).bind(*args, **kwargs).arguments
-        if (input_ids := given.get("input_ids")) is None:
+        given = named(super().forward, args, kwargs)
+        if embedded := given.get("input_ids") is None:
             self.check_embedded(given)
-            return super().forward(*args, **kwargs)
-        prompt = prompt_of(self, input_ids, given.get("attention_mask"))
-        handed = [*(given.get("mm_encoder_outputs") or {}).values()]
-        for name in ("get_image_features", "get_video_features"):  # `compat.given_features` before 5.18
-            if (hand_over := vars(self).get(name)) is not None:
-                handed.append(hand_over())
-        prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
-        with within(PROMPT, prompt):
-            return super().forward(*args, **kwargs)
+            if given.get("inputs_embeds") is None:
+                return super().forward(**given)  # which names what is missing
+        with ExitStack() as stack:
+            ids_BL = self.ids_of(given)
+            given, short = self.encoded_first(ids_BL, given, stack)
+            if short is not None:
+                given = self.lengthened(short, ids_BL, given, stack)
+                ids_BL = short.full(ids_BL, self.padding)
+            if short is not None or not embedded:
+                prompt = prompt_of(self, ids_BL, given.get("attention_mask"))
+                handed = self.handed(given).values()
+                prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
+                stack.enter_context(within(PROMPT, prompt))
+            stack.enter_context(within(SHORT, short))
+            return super().forward(**given)
 
     def check_embedded(self, given: Mapping[str, Any]) -> None:
         """Raises `LacoError` where a method wants to know of a prompt what its embeddings do not tell."""
@@ -127,7 +134,7 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         if (selector is None and not mapped) or PASSING.get():
             with self.reducing():
                 return run(*args, **kwargs)
-        inputs = signature(run).bind(*args, **kwargs).arguments
+        inputs = named(run, args, kwargs)
         as_dict = kwargs.pop("return_dict", None)
         needed = set() if selector is None else set(selector.needs)
         if selector is not None and selector.applies_to == "features":
@@ -148,7 +155,7 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         if selector is None or isinstance(selector, QuestionSelector):
             # The choice is made in the language model.
             maps = maps_of(pictures, self, map_taps, views, inputs, video)
-            stand_for = pictures.placeholders(self, lengths, inputs, video)
+            stand_for = pictures.placeholders(lengths, video)
             outputs.encoded = Encoded(self.placeholder(video), stand_for, views, maps)
             if (prompt := PROMPT.get()) is not None:
                 prompt.encoded.append(outputs.encoded)
@@ -156,7 +163,7 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
         fields: list[dict[str, Rows]] = [{} for _ in tokens]
         if read and tap:
             fields = from_encoder(pictures, self, read, tap, len(tokens), inputs, video, taps)
-        owners = self.owners(tokens, video) if "text" in needed else [None] * len(tokens)
+        owners = self.owners(lengths, inputs, video) if "text" in needed else [None] * len(tokens)
         projects = pictures.projects_tokens(self) and not video
         choices = [
             [
@@ -227,18 +234,14 @@ class ReducedModel(KeepsSignatures, PreTrainedModel):
             return Choice(view, plan, 0, None)
         return Choice(view, plan, prefix, seen["features"])
 
-    def placeholder(self, video: bool) -> int:
-        """The token that stands for a row of a picture in a prompt."""
-        return self.config.video_token_id if video else self.config.image_token_id
-
-    def owners(self, tokens: list[Tensor], video: bool) -> list[tuple[Prompt, int]]:
+    def owners(self, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[tuple[Prompt, int]]:
         """For each picture the prompt and the sample in which it stands."""
         prompt, name = PROMPT.get(), self.config.selector.name
         if prompt is None:
             raise LacoError(f"{name} needs the question: give the model pictures and input_ids together")
         samples = (prompt.ids_BL == self.placeholder(video)).nonzero()[:, 0]
-        ends = torch.tensor([len(row) for row in tokens]).cumsum(0)
-        return [(prompt, int(samples[int(end) - 1])) for end in ends]
+        _, standing = self.stand_for(prompt.ids_BL, lengths, inputs, video)
+        return [(prompt, int(samples[int(end) - 1])) for end in torch.tensor(standing).cumsum(0)]
 
 
 class ReducedForConditionalGeneration(KeepsSignatures, PreTrainedModel, GenerationMixin):
@@ -258,6 +261,31 @@ class ReducedForConditionalGeneration(KeepsSignatures, PreTrainedModel, Generati
             return run(inputs, *args, **kwargs)
         # Pictures may be encoded before the first forward.
         with within(ANSWERS, ids.shape[1]):
-            prompt = prompt_of(self.base_model, ids, kwargs.get("attention_mask"))
+            prompt = prompt_of(self.base_model, ids, kwargs.get("attention_mask"), grids_of(kwargs))
             with within(PROMPT, prompt):
                 return run(inputs, *args, **kwargs)
+
+    def _expand_multimodal_outputs(
+        self, input_ids: Tensor, mm_encoder_output: dict[str, Any], expand_size: int = 1, inputs_embeds: Any = None
+    ) -> dict[str, Any]:
+        """For beams: transformers tells by their placeholders which pictures belong to a sample, so it gets all."""
+        if input_ids is not None and input_ids.numel():
+            body: Any = self.base_model
+            _, short = body.encoded_first(input_ids, {"mm_encoder_outputs": mm_encoder_output}, ExitStack())
+            input_ids = input_ids if short is None else short.full(input_ids, body.padding)
+        run: Any = super()._expand_multimodal_outputs  # type: ignore[misc]
+        return run(input_ids, mm_encoder_output, expand_size, inputs_embeds)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("mm_encoder_outputs"):
+            body: Any = self.base_model
+            _, short = body.encoded_first(input_ids, dict(model_kwargs), ExitStack())
+            if short is not None:
+                raise LacoError(
+                    "prefill_chunk_size cuts prompts by their placeholders, of which this one has fewer than its"
+                    " pictures have visual tokens; leave it out"
+                )
+        run: Any = super()._prefill  # type: ignore[misc]
+        return run(input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -100,9 +100,13 @@ class Pictures:
         """The views of each picture, which has so many rows. What is in none of them is a line break or the like."""
         return [[square_view(length)] for length in lengths]
 
-    def placeholders(self, body: Any, lengths: Sequence[int], inputs: Mapping[str, Any], video: bool) -> list[int]:
-        """How many tokens of a prompt stand for each picture, which has so many rows."""
+    def placeholders(self, lengths: Sequence[int], video: bool) -> list[int]:
+        """How many tokens of a prompt stand for each picture, which has so many rows, if all of them have one."""
         return list(lengths)
+
+    def frames_of(self, body: Any, tokens: int, grids: Mapping[str, Any]) -> int:
+        """Frames of a video of so many placeholders; `grids` are arguments that say how large videos are."""
+        return 1
 
     def gathered(self, body: Any, x_TNC: Tensor, inputs: Mapping[str, Any], video: bool) -> list[Tensor]:
         """Values of the encoder's tokens as those of each picture's rows, view after view, line breaks left out."""

@@ -4,10 +4,11 @@ Methods that look at the question, and those inside the language model, need it 
 lives as long as one call of `forward` or `generate`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class Prompt:
         embedding: of tokens, (B, L) -> (B, L, D).
         ids_BL: the tokens.
         encoded: what has been encoded for it so far.
+        grids: arguments of `generate` that say how large pictures and videos are, where the family has such.
     """
 
     ids_BL: Tensor
@@ -71,6 +73,7 @@ class Prompt:
     end_B: Tensor
     embedding: Any
     encoded: list[Encoded] = field(default_factory=list)
+    grids: Mapping[str, Any] = field(default_factory=dict)
 
     def text_places(self, row: int) -> Tensor:
         """(L,) true where the text of a sample is that knows of no answer."""
@@ -136,7 +139,9 @@ def seen_pairs(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask >= 0
 
 
-def prompt_of(model: Any, input_ids: Tensor, attention_mask: Any) -> Prompt:
+def prompt_of(
+    model: Any, input_ids: Tensor, attention_mask: Any, grids: Mapping[str, Any] = MappingProxyType({})
+) -> Prompt:
     """The prompt of a call. `ANSWERS` is the prompt's length in `generate`, or the labels in training.
 
     An `attention_mask` that `generate` has made ready for each kind of layer comes with a cache that `check_cache`
@@ -163,4 +168,5 @@ def prompt_of(model: Any, input_ids: Tensor, attention_mask: Any) -> Prompt:
     if mask is not None and mask.ndim == 4:
         told_BL = (seen_pairs(mask)[:, 0, :, -length:] & said_BL[:, None]).any(dim=-1)
     end_B = torch.where(said_BL.any(dim=1), said_BL.int().argmax(dim=1), length)
-    return Prompt(input_ids, visual_BL, real_BL, said_BL, told_BL, end_B, model.get_input_embeddings())
+    embedding = model.get_input_embeddings()
+    return Prompt(input_ids, visual_BL, real_BL, said_BL, told_BL, end_B, embedding, grids=grids)
