@@ -109,5 +109,5 @@ def synchronize() -> None:
 def uncompressed_processor(model: Any, processor: Any) -> Any:
     """A copy of a compressed model's processor that counts placeholder tokens as for the stock model."""
     family, processor = family_of(model), deepcopy(processor)
-    family.set_processor(processor, family.with_steps(model.config, []))
+    family.set_processor(processor, family.uncompressed(model.config))
     return processor

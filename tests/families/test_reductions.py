@@ -176,6 +176,17 @@ def test_the_language_model_reads_what_is_left_at_its_own_positions(name, kind):
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl-qwen2_5_vl"])
+@pytest.mark.parametrize("method", [laco.methods.VisionZip, laco.methods.DynTok], ids=lambda method: method.name)
+def test_merged_tokens_have_the_position_of_what_stands_for_them(name, method):
+    logits = []
+    for positions in ("keep", "representative", "renumber"):
+        model, processor = reduced(name, method(positions=positions))
+        logits.append(last_logits(model, tiny.CASES[name].inputs(processor, ONE)))
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
 @every_case
 def test_the_tokens_left_are_those_of_the_plan(name):
     """Of a selector on tensors, over what the stock model gives to its language model, picture by picture."""

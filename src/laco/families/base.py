@@ -299,6 +299,14 @@ class Family(ABC):
         config.vision_config = self.encoder_kind(config).with_steps(self.vision_config(config), steps)
         return config
 
+    def uncompressed(self, config: Any) -> Any:
+        """A copy of a configuration that no method compresses."""
+        config = self.with_steps(config, [])
+        config.__class__ = self.stock_config
+        if hasattr(config, "reduction"):
+            del config.reduction
+        return config
+
     def own_mergers(self, config: Any) -> list[Merger]:
         """The mergers that the stock encoder has inside by itself, `layer` being their place."""
         return []

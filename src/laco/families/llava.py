@@ -1,6 +1,7 @@
 """LLaVA 1.5 and everything in its architecture: one square picture after another, no tiles.
 
-Model and processor count placeholder tokens by `patch_size` alone, so nothing but the encoder changes.
+Model and processor count placeholder tokens by `patch_size`, so nothing but the encoder changes where they are merged.
+Where single tokens leave, the processor's `num_additional_image_tokens` says how many are left.
 """
 
 from typing import Any

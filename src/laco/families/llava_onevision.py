@@ -1,7 +1,8 @@
 """LLaVA-OneVision: tiles of any resolution with `image_newline` and unpadding, several pictures, videos.
 
-The model packs tiles and pools frames by `image_size // patch_size`, the processor counts by
-`num_image_tokens`.
+The model packs tiles and pools frames by `image_size // patch_size`, the processor counts by `num_image_tokens`. Where
+single tokens leave, it gets a class of its own, which writes fewer placeholders for pictures without tiles, and for
+videos; line breaks between tiles leave with their rows, and how many do is not known beforehand.
 """
 
 from collections.abc import Mapping, Sequence

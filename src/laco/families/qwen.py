@@ -1,7 +1,8 @@
 """What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share around their encoders.
 
 Model and processor count placeholder tokens, and M-RoPE places them, by the merge size alone (see `encoders.qwen`).
-The encoder's own merger is the projector; it stays, and mergers stand before it.
+The encoder's own merger is the projector; it stays, and mergers stand before it. Where single tokens leave, the
+processor gets a class of its own, which writes as many placeholders as there will be.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ from laco.grid import Grid
 from laco.methods.base import MergerModule, Method, Place
 from laco.precision import without_autocast
 
-Positions = Literal["keep", "renumber"]
+Positions = Literal["keep", "renumber", "representative"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,10 @@ class Selector(Method):
 
     Args:
         keep: the budget: so many tokens, or such a fraction of them.
-        positions: `keep` leaves every token the position that it had in the full sequence, `renumber` counts anew.
-            Rotary language models lose grounding when positions move (arXiv 2506.21873), so `keep` is the default
-            also where the reference counts anew.
+        positions: `keep` leaves every token the position that it had in the full sequence, `renumber` counts anew;
+            `representative` gives a merged token that of the token that stands for it, as `keep` does, too. Rotary
+            language models lose grounding when positions move (arXiv 2506.21873), so `keep` is the default also where
+            the reference counts anew.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"external"})

@@ -20,7 +20,7 @@ from laco.families.reduction.layout import Choice, laid_out, starts
 from laco.families.reduction.pictures import View
 from laco.families.reduction.prompt import ANSWERS, PROMPT, Encoded, Prompt, prompt_of, within
 from laco.families.reduction.short import SHORT
-from laco.families.reduction.short_prompts import TakesShortPrompts, grids_of, named
+from laco.families.reduction.short_prompts import PICTURES, TakesShortPrompts, grids_of, named
 from laco.families.reduction.signals import FROM_ENCODER, Rows, from_encoder, map_layers, maps_of
 from laco.methods import DecoderMethod, Method, Selector, Signals, from_dict
 from laco.methods.question import QuestionSelector
@@ -90,17 +90,18 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = named(super().forward, args, kwargs)
-        if embedded := given.get("input_ids") is None:
+        if given.get("input_ids") is None:
             self.check_embedded(given)
-            if given.get("inputs_embeds") is None:
-                return super().forward(**given)  # which names what is missing
+            if given.get("inputs_embeds") is None or not any(given.get(name) is not None for name in PICTURES):
+                return super().forward(**given)
         with ExitStack() as stack:
-            ids_BL = self.ids_of(given)
-            given, short = self.encoded_first(ids_BL, given, stack)
+            known = (ids_BL := self.tokens_of(given)) is not None
+            ids_BL = self.told_by(given["inputs_embeds"]) if ids_BL is None else ids_BL
+            given, short = self.encoded_first(ids_BL, given, stack, known)
             if short is not None:
                 given = self.lengthened(short, ids_BL, given, stack)
                 ids_BL = short.full(ids_BL, self.padding)
-            if short is not None or not embedded:
+            if known:
                 prompt = prompt_of(self, ids_BL, given.get("attention_mask"))
                 handed = self.handed(given).values()
                 prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
@@ -110,9 +111,8 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
 
     def check_embedded(self, given: Mapping[str, Any]) -> None:
         """Raises `LacoError` where a method wants to know of a prompt what its embeddings do not tell."""
-        pictures = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
         asking = [method for method in self.config.reductions if isinstance(method, DecoderMethod | QuestionSelector)]
-        if not asking or all(given.get(name) is None for name in pictures):
+        if not asking or all(given.get(name) is None for name in PICTURES):
             return
         prompt, embeds_BLD = PROMPT.get(), given.get("inputs_embeds")
         if prompt is None or embeds_BLD is None or prompt.ids_BL.shape != embeds_BLD.shape[:2]:  # else of `generate`

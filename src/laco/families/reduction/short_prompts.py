@@ -19,6 +19,7 @@ from laco.families.reduction.prompt import ANSWERS, PROMPT, prompt_of, within
 from laco.families.reduction.short import Short
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+PICTURES = (*PIXELS.values(), "mm_encoder_outputs")
 # What says how large pictures and videos are. `generate` keeps some of it from the model's forward.
 GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -68,13 +69,14 @@ class TakesShortPrompts(PreTrainedModel):
                 handed[kind] = hand_over()
         return handed
 
-    def ids_of(self, given: Mapping[str, Any]) -> Tensor:
-        """(B, l) the tokens of a call; of embeddings alone, where placeholders are among them."""
-        if (ids_Bl := given.get("input_ids")) is not None:
-            return ids_Bl
-        embeds_BlD, outer = given["inputs_embeds"], PROMPT.get()
-        if outer is not None and outer.ids_BL.shape == embeds_BlD.shape[:2]:
-            return outer.ids_BL
+    def tokens_of(self, given: Mapping[str, Any]) -> Tensor | None:
+        """(B, l) the tokens of a call; None where embeddings alone are known."""
+        if (ids_Bl := given.get("input_ids")) is None and (outer := PROMPT.get()) is not None:  # of `generate`
+            return outer.ids_BL if outer.ids_BL.shape == given["inputs_embeds"].shape[:2] else None
+        return ids_Bl
+
+    def told_by(self, embeds_BlD: Tensor) -> Tensor:
+        """(B, l) the placeholders among embeddings, and any other token for the rest."""
         ids_Bl = torch.full(embeds_BlD.shape[:2], self.padding, device=embeds_BlD.device)
         for placeholder in self.placeholders:
             own_D = self.get_input_embeddings()(torch.tensor(placeholder, device=embeds_BlD.device))
@@ -92,12 +94,13 @@ class TakesShortPrompts(PreTrainedModel):
         return next(number for number in range(3) if number not in self.placeholders)
 
     def encoded_first(
-        self, ids_Bl: Tensor, given: dict[str, Any], stack: ExitStack
+        self, ids_Bl: Tensor, given: dict[str, Any], stack: ExitStack, known: bool = True
     ) -> tuple[dict[str, Any], Short | None]:
         """The arguments of a call with features instead of pixels, and how its prompt lies in the full one, if it is
         short.
 
-        The arguments stay as they are where no method takes tokens away before the language model.
+        The arguments stay as they are where no method takes tokens away before the language model. `known`: whether the
+        text of the prompt is, which methods may look at.
         """
         features = self.handed(given)
         pixels = {kind: name for kind, name in PIXELS.items() if given.get(name) is not None}
@@ -107,7 +110,7 @@ class TakesShortPrompts(PreTrainedModel):
         outer = PROMPT.get()  # of `generate`
         grids = {**(outer.grids if outer else {}), **grids_of(given)}
         if not features:
-            with within(PROMPT, prompt_of(self, ids_Bl, given.get("attention_mask"))):
+            with within(PROMPT, prompt_of(self, ids_Bl, given.get("attention_mask")) if known else None):
                 features = {kind: self.encoded(kind, given) for kind in pixels}
             seen = {name: given[name] for name in pixels.values()}
             others = {name: value for name, value in given.items() if name not in seen}
