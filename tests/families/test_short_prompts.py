@@ -14,6 +14,7 @@ import tiny
 from families.matrix import ONE, SQUARE, TWO, Prompt, built
 from families.test_reductions import CASES, last_layer, methods
 from laco.families import family_of
+from laco.families.compat import TAKES_FEATURES
 from laco.families.counts import CountingProcessor, Counts
 from laco.families.reduction import kept_columns
 from laco.families.reduction.kept import Kept
@@ -23,6 +24,13 @@ KINDS = ["div_prune", "renumbered", "visionzip", "cdpruner", "flexselect", "expl
 # Of LLaVA-OneVision, whose line breaks between tiles leave with their rows, only pictures beside others.
 WHOLE = [name for name in CASES if not name.startswith("llava_onevision")]
 PROMPTS: list[Prompt] = [(f"{text} or not?", pictures) for text, pictures in (ONE, TWO, SQUARE)]
+
+
+def no_beams(name: str) -> None:
+    if name.startswith("qwen") and not TAKES_FEATURES:
+        pytest.skip("transformers before 5.18 finds a sample's pictures by tokens that tiny prompts do not have")
+
+
 every_case = pytest.mark.parametrize("name", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -90,7 +98,9 @@ def test_what_enters_the_language_model_is_the_prompt_as_it_was_given(name, kind
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["greedy", "no cache", "beams"])
 def test_short_and_full_prompts_go_on_the_same(name, kind, settings):
     model, processor, its = compressed(name, methods(name)[kind])
-    # One length: transformers itself mixes up the pictures of a batch whose beams have several each in some families.
+    if "num_beams" in settings:
+        no_beams(name)
+    # transformers itself mixes up the pictures of beams of several samples in some families.
     prompts = PROMPTS[:1] if "num_beams" in settings else PROMPTS
     new = [
         model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, **settings)[:, -5:]
@@ -191,6 +201,8 @@ def test_packed_questions():
 @pytest.mark.parametrize("name", ["llava_onevision-siglip", "qwen2_vl-qwen2_vl", "qwen2_5_vl-qwen2_5_vl"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_videos(name, method, beams):
+    if beams > 1:
+        no_beams(name)
     model, processor, its = compressed(name, method)
     full = tiny.CASES[name].videos(model, its, 5, 0)
     there = full["input_ids"][0] == model.config.video_token_id
@@ -275,7 +287,7 @@ def test_positions_of_ones_own_in_m_rope_are_refused():
         model(**batch, position_ids=place.expand(3, 1, -1))
 
 
-@pytest.mark.skipif(not laco.families.compat.TAKES_FEATURES, reason="chunks of prompts with pictures are newer")
+@pytest.mark.skipif(not TAKES_FEATURES, reason="chunks of prompts with pictures are newer")
 def test_prefill_in_chunks_is_refused():
     model, processor, its = compressed("llava-siglip", laco.DivPrune(keep=0.3))
     short, full = both("llava-siglip", processor, its, ONE)
