@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from laco.families.encoders.base import reset_compressor
 from laco.families.reduction.cache import ReducedCacheLayer, check_cache, counting_entries, reduce_cache
 from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns
-from laco.families.reduction.kept import Kept, entry
+from laco.families.reduction.kept import Entry, Kept, entry
 from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.prompt import PROMPT
 from laco.families.reduction.scoring import without_rest
@@ -114,7 +114,7 @@ class ReducedLanguageModel(PreTrainedModel):
             past=past,
             read=read,
         )
-        kept, arguments, moved_BL = entered
+        kept, arguments = entered.kept, entered.arguments
         outside = kept if short is None else short.given(kept)  # what the sequence is to the outside
         run = None
         if self.method is not None:
@@ -133,17 +133,30 @@ class ReducedLanguageModel(PreTrainedModel):
         # A cache that is given grows, even where none is to be put out.
         cache = past_key_values if outputs.past_key_values is None else outputs.past_key_values
         if cache is not None:
-            reduce_cache(cache, batch, read, keep_BL.device)
-            for index, layer in enumerate(cache.layers):
-                there = kept if run is None else run.kept_at(index)
-                moved = moved_BL if run is None else run.moved_at(index)
+            self.write_down(cache, read, entered, run, outside, short)
+        return outputs
+
+    def write_down(
+        self, cache: Cache, read: int, entered: Entry, run: Run | None, outside: Kept, short: Short | None
+    ) -> None:
+        """Lets each layer of the cache know which tokens it holds, and how their positions have moved."""
+        kept = entered.kept
+        end = kept if run is None else run.kept_at(len(self.layers))
+        reduce_cache(cache, len(kept.keep_BL), read, kept.keep_BL.device)
+        stage = None
+        layers: list[Any] = cache.layers
+        for index, layer in enumerate(layers):
+            now = 0 if run is None else run.stage(index)
+            if now != stage:
+                stage, there = now, kept if run is None else run.kept_at(index)
+                columns_BK = numbered(there, outside, short, read)
+                moved = entered.moved_BL if run is None else run.moved_at(index)
                 if short is not None:
                     moved = moved.gather(1, outside.columns_BK) - short.gained(outside.columns_BK)
-                layer.extend(numbered(there, outside, short, read), moved)
-                if there is not end and self.method is not None and self.method.rewrites_cache:
-                    columns_BK = numbered(end, outside, short, read)
-                    layer.keep_of_newest(there.slots(end.columns_BK), columns_BK, there.columns_BK.shape[1])
-        return outputs
+            layer.extend(columns_BK, moved)
+            if there is not end and self.method is not None and self.method.rewrites_cache:
+                last_BK = numbered(end, outside, short, read)
+                layer.keep_of_newest(there.slots(end.columns_BK), last_BK, there.columns_BK.shape[1])
 
 
 def numbered(there: Kept, outside: Kept, short: Short | None, read: int) -> Tensor:

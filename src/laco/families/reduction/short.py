@@ -52,11 +52,14 @@ class Short:
             chosen_Bl[rows, columns] = (counts[0] > counts[1]).repeat_interleave(counts[1])
         if not chosen_Bl.any():
             return None
-        every_l = torch.arange(ids_Bl.shape[1], device=ids_Bl.device)
-        sources = [every_l.repeat_interleave(repeats_l) for repeats_l in repeats_Bl]
-        most = max(map(len, sources))
-        source_BL = torch.stack([pad(source, (most - len(source), 0), value=-1) for source in sources])
-        return cls(source_BL, (source_BL >= 0) & chosen_Bl.gather(1, source_BL.clamp(min=0)))
+        batch, length = ids_Bl.shape
+        length_B = repeats_Bl.sum(dim=1)
+        place_L = torch.arange(int(length_B.max()), device=ids_Bl.device)
+        there_BL = place_L >= len(place_L) - length_B[:, None]
+        source_BL = torch.full_like(there_BL, -1, dtype=torch.long)
+        every = torch.arange(length, device=ids_Bl.device).repeat(batch)
+        source_BL[there_BL] = every.repeat_interleave(repeats_Bl.flatten())
+        return cls(source_BL, there_BL & chosen_Bl.gather(1, source_BL.clamp(min=0)))
 
     @property
     def padding_BL(self) -> Tensor:

@@ -57,7 +57,8 @@ class TakesShortPrompts(PreTrainedModel):
         pictures, counts = self.pictures, self.family.counts(self.config)
         full = pictures.placeholders(lengths, video)
         frames = [pictures.frames_of(self, tokens, grids) if video else 0 for tokens in full]
-        short = list(map(counts.placeholders, full, frames))
+        left = {each: counts.placeholders(*each) for each in {*zip(full, frames, strict=True)}}
+        short = [left[each] for each in zip(full, frames, strict=True)]
         there = int((ids_BL == self.placeholder(video)).sum())
         return full, short if there == sum(short) != sum(full) else full
 
@@ -104,8 +105,9 @@ class TakesShortPrompts(PreTrainedModel):
         """
         features = self.handed(given)
         pixels = {kind: name for kind, name in PIXELS.items() if given.get(name) is not None}
-        reducing = self.config.selector or getattr(self.pictures.encoder(self).config, "reducer", None)
-        if not (features or pixels) or not reducing:
+        if not (features or pixels):
+            return given, None
+        if self.config.selector is None and not getattr(self.pictures.encoder(self).config, "reducer", None):
             return given, None
         outer = PROMPT.get()  # of `generate`
         grids = {**(outer.grids if outer else {}), **grids_of(given)}
