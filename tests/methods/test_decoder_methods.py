@@ -535,6 +535,32 @@ def test_flashvid():
         FlashVID(attended=1.5)
 
 
+def test_empty_segments_of_flashvid():
+    """Of fewer frames than segments the authors' code cuts some places again, which changes no token."""
+    x = video(frames=4, size=6, noise=0.01)
+    x[2:] *= -1
+    assert segments(x, 0.9, 4) == segments(x, 0.9, 9) == [1, 1, 1, 1]
+    assert segments(x, 0.9, 9, strict_reference=True) == [1, 1, 0, 1, 1]
+    assert segments(x, 0.9, 3, strict_reference=True) == segments(x, 0.9, 3)
+    assert segments(x[:1], 0.9, 9, strict_reference=True) == [1]
+    given = Signals(grid=Grid(4, 2, 3), tokens=x.flatten(0, 1).float(), received=torch.rand(24))
+    few, many = (FlashVID(min_segments=count, strict_reference=True)(given) for count in (4, 9))
+    assert torch.equal(few.kept, many.kept)
+    assert torch.equal(few.weights, many.weights)
+
+
+def test_a_single_cluster_of_flashvid():
+    """The distance of a token to itself, which is its only neighbour, comes of products and is not quite 0."""
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    own = torch.cdist(x, x).amin(dim=1) / 8**0.5
+    density = (-own.square()).exp()
+    assert len(density.unique()) > 1
+    lowest = density.max()  # all others are as far as any two tokens
+    centre = density_peaks(x, 1, 1, strict_reference=True, by_products=True)[0]
+    assert density[centre] == lowest
+    assert density_peaks(x, 1, 1)[0].tolist() == [0]
+
+
 def glimpse(**settings) -> tuple[GlimpsePrune, torch.nn.Module]:
     method = GlimpsePrune(width=16, condition=16, **settings)
     return method, module(method)

@@ -331,6 +331,30 @@ def test_prumerge_counts_as_its_reference():
     assert len(SELECTORS["prumerge"](keep=8)(given).kept) == 8 + 1
 
 
+def test_prumerge_of_a_fixed_ratio_as_its_reference():
+    """A list with repetitions, and a complement that is as many tokens shorter, as the authors' training has them."""
+    torch.manual_seed(8)
+    count, channels = 64, 6
+    x, q, k = (torch.randn(1 + count, channels) for _ in range(3))
+    given = Signals(grid=Grid(1, 8, 8), features=x, queries=2 * q[:, None], keys=k[:, None])
+    attention = (2 * q[0] @ k.T / channels**0.5).softmax(dim=0)[1:]
+    kept = [*attention.topk(8).indices.tolist(), *range(4, 63, 8)]
+    repeated = len(kept) - len(set(kept))
+    rest = [token for token in range(count) if token not in kept][repeated:]
+    assert repeated
+    rows = []
+    for place, token in enumerate(kept):
+        pool = kept[:place] + kept[place + 1 :] + rest
+        nearest = torch.tensor(pool)[cosines(k[1:])[token, pool].topk(32).indices]
+        rows.append(x[1 + token] + attention[nearest] @ x[1 + nearest])
+    rows.append(attention[rest] @ x[1:][rest])
+    plan = SELECTORS["prumerge"](keep=1 / 8, grid=True, strict_reference=True)(given)
+    assert (plan.kept[:-1] - 1).tolist() == kept
+    torch.testing.assert_close(plan(x), torch.stack(rows))
+    once = SELECTORS["prumerge"](keep=1 / 8, grid=True)(given)
+    assert len(once.kept.unique()) == len(once.kept)
+
+
 def test_prumerge_without_cls_takes_the_attention_from_all():
     torch.manual_seed(7)
     q, k = torch.randn(12, 2, 4), torch.randn(12, 2, 4)
@@ -344,6 +368,56 @@ def test_prumerge_of_all_tokens_changes_nothing():
     for settings in ({"keep": 1.0}, {"keep": 48}, {"keep": 1.0, "grid": True}):
         plan = SELECTORS["prumerge"](**settings)(given)
         assert torch.equal(plan(given.features), given.features[1:])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_scope_adds(alpha):
+    given = signals()
+    saliency, similarity = given.cls_attention.sum(dim=0) ** alpha, cosines(given.features[1:])
+    saliency = 40 * saliency  # as much as the coverage
+    given = replace(given, cls_attention=(saliency ** (1 / alpha))[None])
+    picks: list[int] = []
+    for _ in range(12):
+        covered = similarity[:, picks].amax(dim=1).clamp(min=0) if picks else torch.zeros(48)
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(dim=0) + saliency
+        picks.append(max((token for token in range(48) if token not in picks), key=gain.tolist().__getitem__))
+    for settings, equal in (({"combine": "add"}, True), ({}, False)):
+        found = chosen(SELECTORS["scope"], given, keep=12, alpha=alpha, **settings)
+        assert (found.tolist() == sorted(picks)) is equal
+
+
+@pytest.mark.parametrize(("count", "keep"), [(60, 20), (60, 9), (300, 160), (20, 6)])
+def test_prunesid_by_loadings(count, keep):
+    """The authors' rule for Qwen2-VL, token by token: components, suppression, quotas."""
+    torch.manual_seed(count)
+    x = torch.randn(count, 70) + torch.randn(4, 70)[torch.randint(4, (count,))]
+    samples = x.sigmoid().T.double()
+    loading = torch.linalg.svd(samples - samples.mean(dim=0))[2][: max(keep // 4, 4)].abs()
+    group, similarity = loading.argmax(dim=0).tolist(), cosines(x)
+    limit = max(18 * keep / count, 1) * float(similarity.triu().sum()) / count**2
+    ordered, alive = [], []
+    for number, weight in enumerate(loading):
+        members = sorted((t for t in range(count) if group[t] == number), key=lambda t: -weight[t])
+        won: list[int] = []
+        for token in members:
+            if all(similarity[token, other] <= limit for other in won):
+                won.append(token)
+        ordered.append(won + [token for token in members if token not in won])
+        alive.append(len(won))
+    high = [min(5 * ceil(keep / 64), survivors) for survivors in alive]
+    while sum(high) < keep:
+        high = [min(most + 1, len(members)) for most, members in zip(high, ordered, strict=True)]
+    low = [min(1, len(members)) for members in ordered]
+    ends = [round(sum(alive[: n + 1]) / sum(alive) * (keep - sum(low))) for n in range(len(alive))]
+    quota = [min(low[n] + ends[n] - (ends[n - 1] if n else 0), high[n]) for n in range(len(alive))]
+    for n in sorted(range(len(alive)), key=lambda n: -alive[n]):
+        quota[n] += min(high[n] - quota[n], keep - sum(quota))
+    wanted = [token for members, number in zip(ordered, quota, strict=True) for token in members[:number]]
+    assert len(wanted) == keep
+    method = SELECTORS["prunesid"](keep=keep, saliency="loading")
+    assert method.applies_to == "tokens"
+    found = method(Signals(grid=Grid(1, 1, count), tokens=x)).kept.tolist()
+    assert found == (sorted(wanted) if keep > 150 else wanted)
 
 
 @pytest.mark.parametrize(("keep", "crops"), [(0.25, 7), (12, 7), (0.75, 2), (1.0, 1)])

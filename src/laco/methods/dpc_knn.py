@@ -13,19 +13,21 @@ from laco.methods.decoder import highest
 
 
 def density_peaks(
-    x_ND: Tensor, clusters: int, neighbours: int, strict_reference: bool = False
+    x_ND: Tensor, clusters: int, neighbours: int, strict_reference: bool = False, by_products: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Clusters tokens by euclidean distance / sqrt(D).
 
     The authors add noise of 1e-6 to densities, so that of equally good centres any may come first; here it is the first
     (with `strict_reference`, which `torch.topk` gives: their code without the noise). With a single neighbour, itself,
-    all are equally good.
+    all are equally good, unless distances come `by_products`, as FlashVID's do: of more than 25 tokens rounding then
+    decides.
 
     Returns:
         (clusters,) centres, the best first, and (N,) the number of the centre that each token joins.
     """
     x_ND = x_ND.float()
-    distance_NN = torch.cdist(x_ND, x_ND, compute_mode="donot_use_mm_for_euclid_dist") / x_ND.shape[1] ** 0.5
+    mode = "use_mm_for_euclid_dist_if_necessary" if by_products else "donot_use_mm_for_euclid_dist"
+    distance_NN = torch.cdist(x_ND, x_ND, compute_mode=mode) / x_ND.shape[1] ** 0.5
     nearest_Nk = distance_NN.topk(min(neighbours, len(x_ND)), dim=1, largest=False).values
     density_N = (-nearest_Nk.square().mean(dim=1)).exp()
     denser_NN = density_N > density_N[:, None]

@@ -36,8 +36,9 @@ class FlashVID(Selector):
         min_segments: as many there are at least.
 
     `strict_reference`: a tree is divided by one more than the direct children of its root, not by its size, so that
-    what hangs deeper weighs too much; of segments of one frame the tokens that were chosen are merged as well; and
-    products slightly above a whole number, by binary fractions, are rounded up; centres as `density_peaks` says.
+    what hangs deeper weighs too much; of segments of one frame the tokens that were chosen are merged as well; of
+    videos with fewer frames than `min_segments` some segments are empty (`segments`); products slightly above a whole
+    number, by binary fractions, are rounded up; centres as `density_peaks` says.
     """
 
     name: ClassVar[str] = "flashvid"
@@ -83,7 +84,9 @@ class FlashVID(Selector):
         attention_Fn = signals.saliency("mean").view(frames, size)
         chosen, merged = self.per_frame(size, frames)
         kept, weights, start = [], [], 0
-        for length in segments(x_FnD, self.cut_below, self.min_segments):
+        for length in segments(x_FnD, self.cut_below, self.min_segments, self.strict_reference):
+            if not length:
+                continue
             part = slice(start, start + length)
             plan = self.of_segment(x_FnD[part], attention_Fn[part], chosen, merged)
             kept.append(plan.kept + start * size)
@@ -117,16 +120,25 @@ def rounded_up(value: float, strict_reference: bool) -> int:
     return ceil(value if strict_reference else round(value, 9))
 
 
-def segments(x_FnD: Tensor, cut_below: float, minimum: int) -> list[int]:
+def segments(x_FnD: Tensor, cut_below: float, minimum: int, strict_reference: bool = False) -> list[int]:
     """Lengths of the segments: a cut where the means of neighbouring frames are unlike, and where they are least alike
-    until there are enough."""
+    until there are enough.
+
+    Args:
+        strict_reference: a cut counts as a cosine of 1 when further ones are looked for, so that it may be made twice
+            where there are too few; the segment between is empty.
+    """
     frame_FD = normalize(x_FnD.float().mean(dim=1), dim=-1)
     similarity = (frame_FD[1:] * frame_FD[:-1]).sum(dim=-1)
     cut = similarity < cut_below
-    missing = min(minimum, len(x_FnD)) - 1 - int(cut.sum())
-    if missing > 0:
-        cut[similarity.masked_fill(cut, torch.inf).argsort(stable=True)[:missing]] = True
-    ends = [*(cut.nonzero().flatten() + 1).tolist(), len(x_FnD)]
+    cuts = cut.nonzero().flatten()
+    if (missing := minimum - 1 - len(cuts)) > 0:
+        if strict_reference:
+            more = similarity.masked_fill(cut, 1).topk(min(missing, len(cut)), largest=False).indices
+        else:
+            more = similarity.masked_fill(cut, torch.inf).argsort(stable=True)[: min(missing, len(cut) - len(cuts))]
+        cuts = torch.cat([cuts, more]).sort().values
+    ends = [*(cuts + 1).tolist(), len(x_FnD)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -190,7 +202,7 @@ def merge_in_space(x_ND: Tensor, frame_N: Tensor, count: int, strict_reference: 
         if ratio >= 1:
             found, matrix = torch.arange(size, device=x_ND.device), torch.eye(size, device=x_ND.device)
         elif clusters:
-            found, joined = density_peaks(part_ND, clusters, min(clusters, 7), strict_reference)
+            found, joined = density_peaks(part_ND, clusters, min(clusters, 7), strict_reference, strict_reference)
             matrix = averaging(joined, clusters)
         else:
             found, matrix = frame_N[:0], x_ND.new_zeros(0, size)

@@ -138,7 +138,13 @@ def determinantal(kernel_NN: Tensor | Product, count: int, exhausted: float = 1e
     return torch.cat(picks)
 
 
-def coverage(similarity_MN: Tensor, count: int, weight_N: Tensor | None = None, block: int = 128) -> Tensor:
+def coverage(
+    similarity_MN: Tensor,
+    count: int,
+    weight_N: Tensor | None = None,
+    bonus_N: Tensor | None = None,
+    block: int = 128,
+) -> Tensor:
     """Facility location: each time the token j with the largest weight_j * sum_i max(0, s_ij - what already covers i).
 
     A pick changes the gains only through the rows that it covers better than all picks before, and these become few:
@@ -149,6 +155,7 @@ def coverage(similarity_MN: Tensor, count: int, weight_N: Tensor | None = None, 
         similarity_MN: how well token j covers what row i stands for.
         count: picks.
         weight_N: factor of each token's gain, not negative; 1 if left out.
+        bonus_N: what comes on top of it; 0 if left out.
         block: rows looked at at once, for the processor's cache.
 
     Returns:
@@ -159,7 +166,7 @@ def coverage(similarity_MN: Tensor, count: int, weight_N: Tensor | None = None, 
     for part_RN in similarity_MN.split(block):
         gain_N += part_RN.clamp(min=0).sum(dim=0)
     weight_N = torch.ones_like(gain_N) if weight_N is None else weight_N.double()
-    free_N = torch.zeros_like(gain_N)  # -inf once it is picked
+    free_N = torch.zeros_like(gain_N) if bonus_N is None else bonus_N.to(gain_N)  # -inf once it is picked
     picks: list[Tensor] = []
     for _ in range(count):
         pick_1 = (weight_N * gain_N + free_N).argmax(dim=0, keepdim=True)

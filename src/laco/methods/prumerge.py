@@ -26,15 +26,20 @@ class PruMerge(Selector):
     Args:
         keep: None = the number of outliers; a count or fraction fixes how many stay by attention.
         grid: adds evenly spaced tokens, three times as many as those (PruMerge+), so that of a quarter nearly all stay.
+        strict_reference: with `keep` and `grid`, the grid of the authors' fixed ratio (1/8 in their training): as many
+            spaced tokens as were chosen, from the middle of the first step on. Some may be kept twice, and are then
+            neighbours of themselves; as many tokens as that, the first of those not kept, are merged into nothing.
     """
 
     name: ClassVar[str] = "prumerge"
     title: ClassVar[str] = "LLaVA-PruMerge"
     paper: ClassVar[str] = "LLaVA-PruMerge: Adaptive Token Reduction, ICCV 2025, arXiv 2403.15388"
-    confirmed: ClassVar[str] = "outlier rule, order by attention, 32 neighbours by keys, extra token, grid of PruMerge+"
+    confirmed: ClassVar[str] = (
+        "outlier rule, order by attention, 32 neighbours by keys, extra token, grids of PruMerge+"
+    )
     assumed: ClassVar[str] = (
-        "quartiles per picture (the reference: per batch); fewer neighbours in small pictures; attention received where"
-        " there is no CLS"
+        "quartiles per picture (the reference: per batch); the adaptive grid with a fixed number, too, no token twice,"
+        " unless strict_reference; fewer neighbours in small pictures; attention received where there is no CLS"
     )
     needs: ClassVar[frozenset[str]] = frozenset({"features", "keys", "queries"})
     looks_at: ClassVar = "last"
@@ -44,6 +49,7 @@ class PruMerge(Selector):
 
     keep: int | float | None = None  # type: ignore[assignment]
     grid: bool = False
+    strict_reference: bool = False
 
     def __post_init__(self) -> None:
         if self.keep is None:
@@ -72,15 +78,18 @@ class PruMerge(Selector):
         tokens = len(attention_N)
         kept = attention_N.argsort(descending=True, stable=True)[:count]
         if self.grid and len(kept):
-            spaced = torch.arange(0, tokens - 1, max(1, int(1 / ratio) // 3), device=kept.device)
-            kept = torch.cat([kept, spaced[~torch.isin(spaced, kept)]])
-        if len(kept) == tokens:
+            step, fixed = int(1 / ratio), self.strict_reference and self.keep is not None
+            first, step = (step // 2, step) if fixed else (0, max(1, step // 3))
+            spaced = torch.arange(first, tokens - 1, step, device=kept.device)
+            kept = torch.cat([kept, spaced if fixed else spaced[~torch.isin(spaced, kept)]])
+        stays_N = torch.zeros_like(attention_N, dtype=torch.bool).index_fill_(0, kept, True)
+        rest = (~stays_N).nonzero().flatten()
+        if not len(rest):
             return Plan(prefix + torch.arange(tokens, device=kept.device))
-        weights = merging_weights(attention_N, cosines(signals.keys[prefix:].flatten(1)), kept)
+        twice = len(kept) + len(rest) - tokens
+        weights = merging_weights(attention_N, cosines(signals.keys[prefix:].flatten(1)), kept, rest[twice:])
         weights = torch.cat([weights.new_zeros(len(weights), prefix), weights], dim=1)
-        rest = attention_N.clone()
-        rest[kept] = -torch.inf
-        return Plan(torch.cat([kept, rest.argmax()[None]]) + prefix, weights)
+        return Plan(torch.cat([kept, rest[attention_N[rest].argmax()][None]]) + prefix, weights)
 
 
 def outlier_ratio(attention: Tensor) -> float:
@@ -90,14 +99,17 @@ def outlier_ratio(attention: Tensor) -> float:
     return float((attention > high + 1.5 * (high - low)).double().mean())
 
 
-def merging_weights(attention_N: Tensor, similarity_NN: Tensor, kept: Tensor) -> Tensor:
-    """(K + 1, N): each kept token with its nearest others by attention, then all that is not kept."""
-    near_KN = similarity_NN[kept].clone()
-    near_KN[torch.arange(len(kept)), kept] = -torch.inf
-    nearest = near_KN.topk(min(NEIGHBOURS, len(attention_N) - 1), dim=1).indices
+def merging_weights(attention_N: Tensor, similarity_NN: Tensor, kept: Tensor, rest: Tensor) -> Tensor:
+    """(K + 1, N): each kept token with its nearest others by attention, then the rest.
+
+    Others are those kept and the rest; what is kept twice counts twice.
+    """
+    pool, own = torch.cat([kept, rest]), torch.arange(len(kept), device=kept.device)
+    near_KP = similarity_NN[kept][:, pool]
+    near_KP[own, own] = -torch.inf
+    nearest = pool[near_KP.topk(min(NEIGHBOURS, len(pool) - 1), dim=1).indices]
     weights = torch.zeros(len(kept) + 1, len(attention_N), device=attention_N.device)
-    weights[:-1].scatter_(1, nearest, attention_N[nearest])
-    weights[torch.arange(len(kept)), kept] = 1
-    weights[-1] = attention_N
-    weights[-1, kept] = 0
+    weights[:-1].scatter_add_(1, nearest, attention_N[nearest])
+    weights[own, kept] += 1
+    weights[-1, rest] = attention_N[rest]
     return weights

@@ -4,7 +4,9 @@ gain_j = a_j^alpha sum_i max(0, cos(x_i, x_j) - b_i),    b_i = what the picks co
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from laco.errors import LacoError
 from laco.methods.greedy import coverage
@@ -17,17 +19,22 @@ class Scope(Selector):
 
     Args:
         alpha: exponent of the saliency a, the attention of CLS summed over heads; 0 = coverage alone.
+        combine: `multiply` the coverage by a^alpha, or `add` it, the other form in the authors' code. A token covers
+            many others, so that there the saliency decides among nearly equal ones only.
     """
 
     name: ClassVar[str] = "scope"
     title: ClassVar[str] = "SCOPE"
     paper: ClassVar[str] = "SCOPE: Saliency-Coverage Oriented Token Pruning, NeurIPS 2025, arXiv 2510.24214"
-    confirmed: ClassVar[str] = "gain, alpha = 1, CLS attention summed over heads, CLS not kept, spatial order"
+    confirmed: ClassVar[str] = (
+        "gain, product and sum, alpha = 1, CLS attention summed over heads, CLS not kept, spatial order"
+    )
     assumed: ClassVar[str] = "attention received where there is no CLS (as the AngelSlim port); venue from memory"
     needs: ClassVar[frozenset[str]] = frozenset({"features", "cls_attention"})
     applies_to: ClassVar = "features"
 
     alpha: float = 1.0
+    combine: Literal["multiply", "add"] = "multiply"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +43,12 @@ class Scope(Selector):
 
     def plan(self, signals: Signals) -> Plan:
         assert signals.features is not None
-        similarity_NN = cosines(signals.features[signals.prefix :])
-        picks = coverage(similarity_NN, self.budget(signals.grid.tokens), signals.saliency("sum") ** self.alpha)
+        picks = self.picks(cosines(signals.features[signals.prefix :]), signals.saliency("sum"))
         return Plan(picks.sort().values + signals.prefix)
+
+    def picks(self, similarity_NN: Tensor, saliency_N: Tensor) -> Tensor:
+        """(K,) what is kept, in the order of picking."""
+        count, saliency_N = self.budget(len(saliency_N)), saliency_N**self.alpha
+        if self.combine == "multiply":
+            return coverage(similarity_NN, count, saliency_N)
+        return coverage(similarity_NN, count, bonus_N=saliency_N)

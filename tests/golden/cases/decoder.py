@@ -36,7 +36,7 @@ def rotated(x_HLd: Tensor, base: float) -> Tensor:
 
 def rows_of_layer(x_LD: Tensor, case: Case, rows: Tensor, stem: str = "") -> Tensor:
     """(H, M, L) attention that a layer would compute for these rows."""
-    normed = F.rms_norm(x_LD, x_LD.shape[-1:], case[f"{stem}norm_weight"], 1e-6)
+    normed = F.rms_norm(x_LD, x_LD.shape[-1:], case[f"{stem}norm_weight"], case.hyper.get("rms_eps", 1e-6))
     q, k = (
         F.linear(normed, case[f"{stem}{x}_weight"], case.arrays.get(f"{stem}{x}_bias"))
         .unflatten(-1, (-1, case.hyper["head_dim"]))
@@ -69,7 +69,7 @@ def by_last_row(method: DecoderMethod, case: Case) -> Outputs:
 
 
 def fastv(case: Case) -> Outputs:
-    rule = "floor" if "int(" in case.variant else "round"
+    rule = "floor" if "int(" in case.variant or "lmms" in case.variant else "round"
     return by_last_row(FastV(keep=float(case.hyper["keep_ratio"]), count_by=rule), case)
 
 
@@ -125,7 +125,7 @@ def sparsevlm_stage(case: Case) -> Outputs:
     hyper, x = case.hyper, case["layer_out"]
     plus = hyper["heads_kept"] is not None
     method = SparseVLM(
-        keep=hyper["keep"],
+        keep=min(hyper["keep"], hyper["N"]),
         depths=(0.5,),
         version="plus" if plus else "1",
         positions="keep" if plus else "renumber",
@@ -158,7 +158,8 @@ def sparsevlm_stage(case: Case) -> Outputs:
 
 def dart(case: Case) -> Outputs:
     hyper, exact = case.hyper, "AngelSlim" in case.variant
-    keep = hyper["K"] if exact else hyper["max_num"] or float(1 - hyper["reduction_ratio"])
+    most = hyper.get("max_num") if "LLaVA" in case.variant else None  # the authors' other code knows no such number
+    keep = hyper["K"] if exact else most or float(1 - hyper["reduction_ratio"])
     method = DART(
         keep=keep,
         visual_pivots=hyper["pivot_image"],
@@ -210,7 +211,7 @@ def flexselect(case: Case) -> Outputs:
 
 
 def flashvid_adts(case: Case) -> Outputs:
-    return {"kept": select(case["x"], case["attn"], case.hyper["k"], case.variant == "v2")}
+    return {"kept": select(case["x"], case["attn"], case.hyper["k"], "v2" in case.variant)}
 
 
 def flashvid_tstm(case: Case) -> Outputs:
@@ -226,7 +227,7 @@ def flashvid(case: Case) -> Outputs:
         keep=float(hyper["retention"]),
         expansion=hyper["expansion"],
         attended=hyper["alpha"],
-        relevance=hyper["method"] == "v2",
+        relevance="v2" in hyper["method"],
         merge_above=hyper["temporal_threshold"],
         cut_below=hyper["segment_threshold"],
         min_segments=hyper["min_segments"],
@@ -234,7 +235,7 @@ def flashvid(case: Case) -> Outputs:
     )
     tokens = x.flatten(0, 1)
     plan = method(Signals(grid=Grid(len(x), 1, x.shape[1]), tokens=tokens, received=case["attn"].flatten()))
-    lengths = segments(x, method.cut_below, method.min_segments)
+    lengths = segments(x, method.cut_below, method.min_segments, strict_reference=True)
     return {"y": plan(tokens), "index": plan.kept, "segments": torch.tensor(lengths)}
 
 

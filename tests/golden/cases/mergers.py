@@ -37,7 +37,9 @@ def internvl_mlp1(case: Case) -> Outputs:
     x, factor = case.map("x"), case.hyper["r"]
     projector = PixelShuffle(factor=factor, form="internvl").build_projector(x.shape[-1], case.width("fc2_weight"))
     load(projector, case, {"norm": "norm", "mlp.0": "fc1", "mlp.2": "fc2"}, eps="ln_eps")
-    return {"y": tokens(merge_map(projector, x, factor, "error"))}
+    y = merge_map(projector, x, factor, "error")
+    transposed = case.hyper.get("ps_version") == "v1" or "shuffle v1" in case.variant
+    return {"y": tokens(y.transpose(1, 2) if transposed else y)}
 
 
 def qwen25_merger(case: Case) -> Outputs:
@@ -103,7 +105,8 @@ def dcae_down_block(case: Case) -> Outputs:
 
 def uhd3_wtc(case: Case) -> Outputs:
     factor, grids = case.hyper["window"], case["grids"].tolist()
-    learned = "fc1_weight" in case.arrays  # otherwise the reference's avg_pooling, which leaves out what is odd
+    # Otherwise the reference's avg_pooling, which leaves out what is odd.
+    learned = "fc1_weight" in case.arrays and "avg_pooling" not in case.variant
     method = WTC(factor=factor) if learned else AveragePool(factor=factor)
     merger: MergerModule = method.build(case["x"].shape[-1])
     if learned:

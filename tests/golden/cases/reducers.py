@@ -11,12 +11,13 @@ from cases.case import Case, Outputs, load
 from laco.methods.evit import EViT, keep_rate
 from laco.methods.folder import Folder
 from laco.methods.ipcv import IPCV, Memory
-from laco.methods.reducer import LayerSignals, Reducer, State, indices
+from laco.methods.reducer import LayerSignals, Merge, Reducer, State, indices, take
 from laco.methods.spvit import MultiheadSelector, SPViT, policy_softmax
 from laco.methods.tome import ToMe, match
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu erf": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
@@ -88,11 +89,19 @@ def sizes(state: State) -> Tensor:
     return state.size_BN[..., None]
 
 
+def misread(merge: Merge, y_BKC: Tensor) -> Tensor:
+    """ToMe's way back: it takes rows for [even, odd] tokens, also where a distillation token has moved to the front."""
+    if merge.kept_BK.shape == merge.slot_BN.shape:
+        return y_BKC
+    row_BK = (merge.kept_BK % 2).argsort(dim=1, stable=True).argsort(dim=1)
+    return Merge(take(row_BK, merge.slot_BN), merge.kept_BK).unmerge(y_BKC)
+
+
 def tome_merge(case: Case) -> Outputs:
     x, metric = case["x"], case["metric"]
     prefix = int(case.hyper["class_token"]) + int(case.hyper["distill_token"])
     size = case["size_in"][..., 0] if "size_in" in case.arrays else torch.ones(x.shape[:2])
-    merge = match(metric, case.hyper["r"], prefix)
+    merge = match(metric, case.hyper["r"], prefix, order="split" if prefix else "score")
     state = ToMe().start(x, 1, prefix=prefix).after(merge)
     y = merge.mean(x, size)
     return {
@@ -100,15 +109,22 @@ def tome_merge(case: Case) -> Outputs:
         "size_out": merge.sum(size)[..., None],
         "source_map": state.sources_BNS.float(),
         "group_rep": groups(merge.slot_BN),
-        "unmerged": merge.unmerge(y),
+        "unmerged": misread(merge, y),
     }
+
+
+def flag(case: Case, name: str, usual: bool) -> bool:
+    """A setting that is a hyper-parameter in some cases and part of the variant in others."""
+    named = next((value for value in (True, False) if f"{name}={value}" in case.variant), usual)
+    return case.hyper.get(name, named)
 
 
 def tome_block(case: Case) -> Outputs:
     x, blocks = case["x"], list(layers(case))
-    r = tuple(case.hyper["r"])
+    r = case.hyper["r"]
     method = ToMe(r=r, proportional=case.hyper["prop_attn"], strict_reference=True)
-    state = method.start(x, len(blocks), prefix=int("class_token=False" not in case.variant))
+    prefix = int(flag(case, "class_token", True)) + int(flag(case, "distill_token", False))
+    state = method.start(x, len(blocks), prefix=prefix)
     counts = []
     for index, layer in enumerate(blocks):
         x, state = layer(x, method, state, index)
@@ -149,10 +165,12 @@ def evit_schedule(case: Case) -> Outputs:
             tokens = EViT(keep=rate, fuse=entry["fuse"], strict_reference=True).left(tokens)
             counts.append(tokens)
         outputs[f"counts{index}"] = torch.tensor(counts)
-    rates = [
-        keep_rate(int(step), int(steps), keep, int(first), int(last))
-        for step, _, first, last, steps, keep in case["akr_args"].tolist()
-    ]
+    rates = []
+    for *counts, keep in case["akr_args"].tolist():
+        step, epoch, first, last, steps = map(int, counts)
+        if not first <= epoch < last:  # there the reference looks at the epoch alone
+            step = epoch * steps
+        rates.append(keep_rate(step, steps, keep, first, last))
     return outputs | {"keep_rate_schedule": torch.tensor(rates)}
 
 

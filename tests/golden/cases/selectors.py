@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch.nn.functional import normalize
@@ -11,7 +12,7 @@ from laco.grid import Grid
 from laco.methods.cdpruner import conditional_kernel, scaled
 from laco.methods.div_prune import DivPrune
 from laco.methods.evs import EVS, media_positions
-from laco.methods.greedy import coverage, determinantal, farthest_points
+from laco.methods.greedy import determinantal, farthest_points
 from laco.methods.greedy_prune import independent_set
 from laco.methods.holov import HoloV, crop_score, quotas
 from laco.methods.mmtok import MMTok
@@ -34,7 +35,7 @@ def line(count: int) -> Grid:
 
 def divprune(case: Case) -> Outputs:
     x = case["x"]
-    method, signals = DivPrune(keep=case.hyper["ratio"]), Signals(grid=line(len(x)), tokens=x)
+    method, signals = DivPrune(keep=float(case.hyper["ratio"])), Signals(grid=line(len(x)), tokens=x)
     return {"picks": farthest_points(1 - cosines(x), method.budget(len(x))), "kept": method(signals).kept}
 
 
@@ -56,10 +57,11 @@ def of_tokens(x: torch.Tensor) -> Signals:
 
 
 def scope(case: Case) -> Outputs:
-    method, picks, kept = Scope(keep=case.hyper["K"], alpha=case.hyper["alpha"]), [], []
+    combine: Literal["multiply", "add"] = "add" if case.hyper.get("combined") == "add" else "multiply"
+    method, picks, kept = Scope(keep=case.hyper["K"], alpha=case.hyper["alpha"], combine=combine), [], []
     for x, saliency in zip(case["x"], case["saliency"], strict=True):
         kept.append(method(Signals(grid=line(len(x)), features=x, cls_attention=saliency[None])).kept)
-        picks.append(coverage(cosines(x), case.hyper["K"], saliency**method.alpha))
+        picks.append(method.picks(cosines(x), saliency))
     return {"picks": torch.stack(picks), "kept": torch.stack(kept)}
 
 
@@ -78,7 +80,8 @@ def evs(case: Case) -> Outputs:
     frames, height, width = case.hyper["grid"]
     grid = Grid(frames, height // case.hyper["merge"], width // case.hyper["merge"])
     method = EVS(keep=float(1 - case.hyper["q"]))
-    return {"kept": method(Signals(grid=grid, tokens=case["x"])).kept, "mrope": media_positions(grid, 2, 1)}
+    speed = case.hyper.get("tokens_per_second", 2), case.hyper.get("second_per_grid", 1)
+    return {"kept": method(Signals(grid=grid, tokens=case["x"])).kept, "mrope": media_positions(grid, *speed)}
 
 
 def vispruner(case: Case) -> Outputs:
@@ -89,7 +92,7 @@ def vispruner(case: Case) -> Outputs:
 def vidcom2(case: Case) -> Outputs:
     size = case.hyper["n"]
     grid = Grid(len(case["x"]) // size, 1, size)
-    method = VidCom2(keep=case.hyper["R"], temperature=case.hyper["temperature"], strict_reference=True)
+    method = VidCom2(keep=float(case.hyper["R"]), temperature=case.hyper["temperature"], strict_reference=True)
     kept = method(Signals(grid=grid, tokens=case["x"])).kept
     in_video, _ = centrality(case["x"].view(grid.frames, size, -1))
     return {
@@ -107,7 +110,10 @@ def vcast(case: Case) -> Outputs:
     x = case["x"]
     frames, size = x.shape[:2]
     method = VCast(
-        keep=case.hyper["ratio"], temperature=case.hyper["tau"], at_least=case.hyper["min_k"], strict_reference=True
+        keep=float(case.hyper["ratio"]),
+        temperature=case.hyper["tau"],
+        at_least=case.hyper["min_k"],
+        strict_reference=True,
     )
     kept = method(Signals(grid=Grid(frames, 1, size), tokens=x.flatten(0, 1))).kept
     bend = curvature(normalize(x.mean(dim=1), dim=-1))
@@ -125,7 +131,8 @@ def holov(case: Case) -> Outputs:
     for x, attention in zip(case["x"], case["attn"], strict=True):
         kept.append(method(Signals(grid=line(len(x)), tokens=x, cls_attention=attention[None])).kept)
         parts = zip(x.tensor_split(method.crops), attention.tensor_split(method.crops), strict=True)
-        quota.append(torch.tensor(quotas(torch.stack([crop_score(*part) for part in parts]), case.hyper["K"])))
+        scores = torch.stack([crop_score(*part) for part in parts if len(part[0])])
+        quota.append(torch.tensor(quotas(scores, case.hyper["K"])))
     return {"kept": torch.stack(kept), "quota": torch.stack(quota)}
 
 
@@ -143,15 +150,23 @@ def visionzip(case: Case) -> Outputs:
     return {name: torch.stack(values) for name, values in outputs.items()}
 
 
-def prumerge(case: Case) -> Outputs:
-    method, rows = (
-        PruMerge(grid=case.hyper.get("grid_step") is not None),
-        zip(case["hidden"], case["q"], case["k"], strict=True),
-    )
+def prumerge_plus(case: Case) -> Outputs:
+    return prumerge(case, grid=True)
+
+
+def prumerge(case: Case, grid: bool = False) -> Outputs:
+    hyper, rows = case.hyper, zip(case["hidden"], case["q"], case["k"], strict=True)
+    fixed = any(words in case.variant for words in ("non-adaptive", "not adaptive", "adaptive=False"))
+    adaptive = "adaptive" in case.variant and not fixed
+    method = PruMerge(keep=None if adaptive else hyper["M"], grid=grid, strict_reference=True)
     pictures = [Signals(grid=line(len(x) - 1), features=x, queries=q[:, None], keys=k[:, None]) for x, q, k in rows]
-    # The reference takes the quartiles over the whole batch.
-    ratio = outlier_ratio(torch.cat([method.attention(signals) for signals in pictures]))
-    plans = [method.at_ratio(signals, ratio, int(ratio * signals.grid.tokens)) for signals in pictures]
+    tokens = case["hidden"].shape[1] - 1
+    if adaptive:  # the reference takes the quartiles over the whole batch
+        ratio = outlier_ratio(torch.cat([method.attention(signals) for signals in pictures]))
+    else:
+        ratio = hyper.get("ratio", hyper.get("reduction_ratio", hyper["M"] / tokens))
+    count = int(ratio * tokens) if adaptive else hyper["M"]
+    plans = [method.at_ratio(signals, ratio, count) for signals in pictures]
     return {
         "y": torch.stack([plan(x) for plan, x in zip(plans, case["hidden"], strict=True)]),
         "kept": torch.stack([plan.kept[:-1] - 1 for plan in plans]),
@@ -208,6 +223,6 @@ CASES: dict[str, Callable[[Case], Outputs]] = {
     "llava_scissor": llava_scissor,
     "visionzip": visionzip,
     "prumerge": prumerge,
-    "prumerge_plus": prumerge,
+    "prumerge_plus": prumerge_plus,
     "prunesid": prunesid,
 }
