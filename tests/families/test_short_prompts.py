@@ -19,6 +19,7 @@ from laco.families.counts import CountingProcessor, Counts
 from laco.families.reduction import kept_columns
 from laco.families.reduction.kept import Kept
 from laco.families.reduction.short import Short
+from laco.methods import Plan
 
 KINDS = ["div_prune", "renumbered", "visionzip", "cdpruner", "flexselect", "explainability"]
 # Of LLaVA-OneVision, whose line breaks between tiles leave with their rows, only pictures beside others.
@@ -267,6 +268,14 @@ def test_a_budget_above_all_tokens_is_refused_by_the_model():
     model, processor, _ = compressed("qwen2_vl-qwen2_vl", laco.DivPrune(keep=500))
     batch = tiny.CASES["qwen2_vl-qwen2_vl"].inputs(processor, ONE)
     with pytest.raises(laco.LacoError, match="div_prune cannot keep 500 of"):
+        model(**batch)
+
+
+def test_a_method_that_does_not_leave_what_it_says(monkeypatch):
+    model, processor, _ = compressed("llava-siglip", laco.DivPrune(keep=0.3))
+    batch = tiny.CASES["llava-siglip"].inputs(processor, ONE)
+    monkeypatch.setattr(laco.DivPrune, "plan", lambda self, signals: Plan(torch.arange(5)))
+    with pytest.raises(laco.LacoError, match=r"another number of visual tokens .* static_count is False"):
         model(**batch)
 
 

@@ -189,7 +189,7 @@ def test_spvit_learns_from_its_decisions() -> None:
 
     def noting(self, *args):
         x, state = masked(self, *args)
-        kept.append(state.policy_BN[:, : state.slot_BS.shape[1]].mean())
+        kept.append(state.policy_BN[:, : state.sources].mean())
         return x, state
 
     with pytest.MonkeyPatch.context() as patch:

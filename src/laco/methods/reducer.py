@@ -17,7 +17,7 @@ K of them after a step; C channels, H heads of width d.
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -116,10 +116,9 @@ class State:
     Args:
         num_layers, last: layers of the encoder, and how many of them are used.
         prefix: tokens at the beginning that are never dropped or merged.
-        slot_BS: in which token every original one is now; N = in none.
+        sources: original tokens, S.
         size_BN: how many original tokens each stands for.
-        place_BN: the original token whose place in the picture each has: for rotary tables and for the order.
-        steps: how often tokens were dropped or merged.
+        merges: what was dropped or merged, step by step. What follows from them is worked out when it is asked for.
         packages: tokens at the end that gather dropped ones and stay (SPViT).
         policy_BN: 1 = alive, 0 = masked out or padding, where not all pictures keep equally many; None = all alive.
         memory: what else a reducer keeps.
@@ -128,10 +127,9 @@ class State:
     num_layers: int
     last: int
     prefix: int
-    slot_BS: Tensor
+    sources: int
     size_BN: Tensor
-    place_BN: Tensor
-    steps: int = 0
+    merges: tuple[Merge, ...] = ()
     packages: int = 0
     policy_BN: Tensor | None = None
     memory: Any = None
@@ -139,17 +137,29 @@ class State:
     def after(self, merge: Merge) -> "State":
         return replace(
             self,
-            slot_BS=merge.follow(self.slot_BS),
             size_BN=merge.sum(self.size_BN),
-            place_BN=take(self.place_BN, merge.kept_BK),
             policy_BN=None if self.policy_BN is None else take(self.policy_BN, merge.kept_BK),
-            steps=self.steps + 1,
+            merges=(*self.merges, merge),
         )
 
     def merged(self, x_BNC: Tensor, merge: Merge) -> tuple[Tensor, "State"]:
         """Tokens and state after a step in which tokens become their mean, weighted by size."""
         state = self.after(merge)
         return merge.mean(x_BNC, self.size_BN, state.size_BN), state
+
+    @property
+    def original_BS(self) -> Tensor:
+        return torch.arange(self.sources, device=self.size_BN.device).expand(len(self.size_BN), -1)
+
+    @cached_property
+    def slot_BS(self) -> Tensor:
+        """In which token every original one is now; N = in none."""
+        return reduce(lambda slot_BS, merge: merge.follow(slot_BS), self.merges, self.original_BS)
+
+    @cached_property
+    def place_BN(self) -> Tensor:
+        """The original token whose place in the picture each has: for rotary tables and for the order."""
+        return reduce(lambda place_BN, merge: take(place_BN, merge.kept_BK), self.merges, self.original_BS)
 
     @property
     def merge(self) -> Merge:
@@ -254,14 +264,12 @@ class Reducer(Method):
 
     def start(self, x_BNC: Tensor, num_layers: int, last: int | None = None, prefix: int = 0) -> State:
         """The state before the first layer."""
-        place_BN = indices(x_BNC)
         return State(
             num_layers=num_layers,
             last=num_layers if last is None else last,
             prefix=prefix,
-            slot_BS=place_BN,
-            size_BN=torch.ones(place_BN.shape, device=x_BNC.device),
-            place_BN=place_BN,
+            sources=x_BNC.shape[1],
+            size_BN=torch.ones(x_BNC.shape[:2], device=x_BNC.device),
         )
 
     def reduces(self, state: State, index: int) -> bool:
@@ -294,7 +302,7 @@ class Reducer(Method):
 
     def after_layers(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
         """Behind the last layer: the tokens in raster order of their places."""
-        if self.strict_reference or not state.steps:
+        if self.strict_reference or not state.merges:
             return x_BNC, state
         order_BN = state.place_BN.argsort(dim=1, stable=True)
         return take(x_BNC, order_BN), state.after(Merge.keeping(order_BN, x_BNC.shape[1]))

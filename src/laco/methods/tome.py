@@ -84,7 +84,7 @@ class ToMe(Reducer):
         return tokens - min(self.schedule(num_layers, last)[index], tokens // 2)
 
     def attention_bias(self, state: State) -> Tensor | None:
-        return state.size_BN.log()[:, None, None] if self.proportional and state.steps else None
+        return state.size_BN.log()[:, None, None] if self.proportional and state.merges else None
 
     def before_mlp(self, x_BNC: Tensor, state: State, index: int, signals: LayerSignals) -> tuple[Tensor, State]:
         amount = self.schedule(state.num_layers, state.last)[index]

@@ -250,7 +250,7 @@ def ipcv(case: Case) -> Outputs:
     for index, layer in enumerate(blocks):
         x, state = method.before_layer(x, state, index)
         kept = state.place_BN[0]
-        left = method.lengths_left(kept, lengths) if state.steps else lengths
+        left = method.lengths_left(kept, lengths) if state.merges else lengths
         packed = Layer(layer.weights, layer.heads, layer.eps, layer.act, angles[kept], left)
         x, state = packed(x, method, state, index)
     memory: Memory = state.memory

@@ -75,7 +75,8 @@ class Halves:
 
     def heads(self, layer: nn.Module, x_BNC: Tensor, *projections: Parts) -> list[Tensor]:
         """(B, H, N, d) by each of these projections, of tokens (B, N, C) that enter a layer."""
-        heads = getter(self.attention)(layer).config.num_attention_heads
+        module: Any = getter(self.attention)(layer)
+        heads = getattr(module, "num_heads", None) or module.config.num_attention_heads  # which takes longer
         normed_BNC = run(layer, x_BNC, self.norm)
         return [run(layer, normed_BNC, parts).unflatten(-1, (heads, -1)).transpose(1, 2) for parts in projections]
 

@@ -153,7 +153,7 @@ def on_full_grid(x_BNC: Tensor, state: State, unmerge: bool) -> Tensor:
     """
     if unmerge:
         return take(torch.cat([x_BNC, torch.full_like(x_BNC[:, :1], torch.nan)], dim=1), state.slot_BS)
-    tokens = state.slot_BS.shape[1]
+    tokens = state.sources
     batch, _, channels = x_BNC.shape
     there_BN = state.size_BN > 0  # otherwise an empty package, or dropped and only masked
     rows = in_batch(state.place_BN, tokens).where(there_BN.flatten(), batch * tokens)

@@ -43,7 +43,7 @@ def teaching_reducer(encoder: Any) -> Iterator[None]:
     def note(layer: ReducingLayer, _: Any, __: Any, out: Any) -> None:
         state = out[1]
         # Masked tokens keep their places in training; package tokens stand behind them.
-        keeps_BM.append(state.policy_BN[:, state.prefix : state.slot_BS.shape[1]])
+        keeps_BM.append(state.policy_BN[:, state.prefix : state.sources])
 
     deciding = [layer for layer in encoder.layers if isinstance(layer, ReducingLayer) and layer.compressor is not None]
     with ExitStack() as stack:

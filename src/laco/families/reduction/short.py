@@ -121,7 +121,10 @@ class Short:
         """
         given = Kept.of(kept.keep_BL | ~(self.chosen_BL | self.padding_BL))
         if given.columns_BK.shape != self.first_Bl.shape or (given.columns_BK < 0).any():
-            raise LacoError("a method leaves another number of visual tokens than it says beforehand")
+            raise LacoError(
+                "a method leaves another number of visual tokens than it says beforehand; where that depends on what is"
+                " seen, its static_count is False"
+            )
         return given
 
     def numbered(self, given: Kept, column_BK: Tensor) -> Tensor:
