@@ -53,8 +53,8 @@ class PackedPictures(Pictures):
         return [[View(torch.arange(grid.tokens), grid)] for grid in self.grids(body, inputs, video)]
 
     def frames_of(self, body: Any, tokens: int, grids: Mapping[str, Any]) -> int:
-        videos = self.grids(body, grids, video=True)
-        return next(grid.frames for grid in videos if grid.tokens == tokens)
+        videos = self.grids(body, grids, video=True) if "video_grid_thw" in grids else []
+        return next((grid.frames for grid in videos if grid.tokens == tokens), 1)
 
     def tiles(self, body: Any, pictures: int, inputs: Mapping[str, Any], video: bool) -> list[int]:
         return [1]  # there are no prefix tokens
