@@ -1,5 +1,6 @@
 """Prompts that have a placeholder for every visual token that a method leaves: the same as full prompts, in all."""
 
+import json
 import pickle
 from copy import deepcopy
 from typing import Any
@@ -246,6 +247,17 @@ def test_processors_are_saved_loaded_copied_and_taken_back(name, tmp_path):
     assert vars(processor).keys() == vars(stock).keys()
 
 
+def test_a_processor_that_was_saved_without_its_counts(tmp_path):
+    _, processor, _ = compressed("qwen2_vl-qwen2_vl", laco.DivPrune(keep=0.3))
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    del settings["counts"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(laco.LacoError, match="does not say what its model leaves"):
+        AutoProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.startswith(("qwen", "internvl"))])
 def test_what_servers_ask_the_processor(name):
     _, processor, its = compressed(name, laco.DivPrune(keep=0.25))
@@ -286,6 +298,17 @@ def test_prompts_that_fit_neither_way_are_refused():
     cut = {key: torch.cat([batch[key][:, :where], batch[key][:, where + 1 :]], 1) for key in batch if key[0] != "p"}
     with pytest.raises(ValueError, match="do not match"):
         model(**cut, pixel_values=batch["pixel_values"])
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name.startswith("qwen")])
+def test_positions_that_the_model_makes_may_be_given(name):
+    model, processor, _ = compressed(name, laco.DivPrune(keep=0.3))
+    batch = dict(tiny.CASES[name].inputs(processor, *PROMPTS))
+    wanted = said(model, batch).logits
+    own = {key: batch[key] for key in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    place, _ = model.model.get_rope_index(**own)
+    del batch["mm_token_type_ids"]
+    torch.testing.assert_close(said(model, batch, position_ids=place).logits[:, -4:], wanted[:, -4:])
 
 
 def test_positions_of_ones_own_in_m_rope_are_refused():

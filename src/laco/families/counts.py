@@ -126,7 +126,10 @@ class CountingProcessor(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         settings = dict(processor_dict)
-        counts = Counts.from_dict(settings.pop("counts"))
+        try:
+            counts = Counts.from_dict(settings.pop("counts"))
+        except (KeyError, TypeError) as error:
+            raise LacoError(f"the configuration of a {cls.__name__} does not say what its model leaves") from error
         made = super().from_args_and_dict(args, settings, **kwargs)
         processor = made[0] if isinstance(made, tuple) else made
         processor.counts = counts

@@ -56,7 +56,8 @@ class TakesShortMRope(TakesShortPrompts):
             grids, beams = dict(outer.grids), len(ids_Bl) // len(outer.ids_BL)
         if mask is not None:
             mask = mask[:, -ids_Bl.shape[1] :]
-        kinds_Bl = given["mm_token_type_ids"]
+        if (kinds_Bl := given.get("mm_token_type_ids")) is None:
+            kinds_Bl = (ids_Bl == self.placeholder(False)) + 2 * (ids_Bl == self.placeholder(True))
         mine: dict[str, Any] = {"input_ids": ids_Bl, "mm_token_type_ids": kinds_Bl, "attention_mask": mask}
         mine = {name: None if x is None else x[::beams] for name, x in mine.items()}
         each = Short(short.source_BL[::beams], short.chosen_BL[::beams])
