@@ -71,13 +71,16 @@ class EViT(Reducer):
             return x_BNC, state
         ranked_BN = prefix + attention_BN[:, prefix:].argsort(dim=1, descending=True, stable=True)
         kept_BK = torch.cat([indices(x_BNC)[:, :prefix], ranked_BN[:, :kept]], dim=1)
-        merge, y_BKC = Merge.keeping(kept_BK, tokens), take(x_BNC, kept_BK)
-        if self.fuse:
-            rest_BR = ranked_BN[:, kept:]
-            weighted_BRC = at_least_float32(take(x_BNC, rest_BR)) * take(attention_BN, rest_BR)[..., None]
-            y_BKC = torch.cat([y_BKC, weighted_BRC.sum(dim=1, keepdim=True).to(x_BNC.dtype)], dim=1)
-            merge = Merge(merge.slot_BN, torch.cat([kept_BK, rest_BR[:, :1]], dim=1))
-        return y_BKC, state.after(merge)
+        y_BKC = take(x_BNC, kept_BK)
+        if not self.fuse:
+            return y_BKC, state.after(Merge(tokens, kept_BK))
+        rest_BR = ranked_BN[:, kept:]
+        weighted_BRC = at_least_float32(take(x_BNC, rest_BR)) * take(attention_BN, rest_BR)[..., None]
+        fused_B1C = weighted_BRC.sum(dim=1, keepdim=True).to(x_BNC.dtype)
+        first_B1, further_BR = rest_BR.tensor_split([1], dim=1)
+        kept_BK = torch.cat([kept_BK, first_B1], dim=1)
+        merge = Merge(tokens, kept_BK, further_BR, torch.full_like(further_BR, kept_BK.shape[1] - 1))
+        return torch.cat([y_BKC, fused_B1C], dim=1), state.after(merge)
 
 
 def keep_rate(step: int, steps_per_epoch: int, keep: float, first_epoch: int = 10, last_epoch: int = 110) -> float:

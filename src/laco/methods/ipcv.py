@@ -146,7 +146,7 @@ class IPCV(Reducer):
 def drop(x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
     """All tokens -> the kept ones."""
     memory: Memory = state.memory
-    return take(x_BNC, memory.kept_BK), state.after(Merge.keeping(memory.kept_BK, x_BNC.shape[1]))
+    return take(x_BNC, memory.kept_BK), state.after(Merge(x_BNC.shape[1], memory.kept_BK))
 
 
 def rebuild(x_BKC: Tensor, state: State) -> tuple[Tensor, State]:

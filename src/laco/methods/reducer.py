@@ -18,7 +18,7 @@ K of them after a step; C channels, H heads of width d.
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,62 +28,74 @@ from laco.methods.base import MergerModule, Method, Place
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def indices(x_BN: Tensor) -> Tensor:
     """(B, N): 0 .. N - 1 in every row."""
-    return torch.arange(x_BN.shape[1], device=x_BN.device).expand(x_BN.shape[:2])
+    return torch.arange(x_BN.shape[1], device=x_BN.device).expand(x_BN.shape[0], -1)
 
 
 def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
-    """Rows of (B, N, ...) by (B, K) -> (B, K, ...)."""
+    """Rows of (B, N, ...) by (B, K) -> (B, K, ...).
+
+    Whole rows by one index, not channel by channel as `gather` does it, which is slower on a CPU.
+    """
     if x_BN.ndim == 2:
         return x_BN.gather(1, index_BK)
-    picked = x_BN.flatten(0, 1).index_select(0, in_batch(index_BK, x_BN.shape[1]))
-    return picked.view(*index_BK.shape, *x_BN.shape[2:])
+    if x_BN.shape[0] == 1:
+        return x_BN[0].index_select(0, index_BK[0])[None]
+    return x_BN.flatten(0, 1).index_select(0, in_batch(index_BK, x_BN.shape[1])).unflatten(0, index_BK.shape)
 
 
 def in_batch(index_BK: Tensor, rows: int) -> Tensor:
-    """(B * K,) where these rows of pictures are if the `rows` of every picture follow those of the one before.
-
-    Whole rows by one index, not channel by channel as `gather` and `scatter` do it, which is slower on a CPU.
-    """
-    if len(index_BK) == 1:
-        return index_BK[0]
+    """(B * K,) where these rows of pictures are if the `rows` of every picture follow those of the one before."""
     return (index_BK + rows * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Where every token goes in one step.
+    """Where every token goes in one step: these stay, these join one of them, and all others are dropped.
 
     Args:
-        slot_BN: the row of the result that a token joins; K, one past the last, if it is dropped.
+        tokens: before the step, N.
         kept_BK: the token that stands for each row of the result; the row has its place in the picture.
+        joining_BR, target_BR: further tokens, and the row of the result that each of them joins.
     """
 
-    slot_BN: Tensor
+    tokens: int
     kept_BK: Tensor
-
-    @classmethod
-    def keeping(cls, kept_BK: Tensor, tokens: int) -> Self:
-        """Of `tokens`, these, in this order; the others are dropped."""
-        slot_BN = kept_BK.new_full((len(kept_BK), tokens), kept_BK.shape[1])
-        return cls(slot_BN.scatter(1, kept_BK, indices(kept_BK)), kept_BK)
+    joining_BR: Tensor | None = None
+    target_BR: Tensor | None = None
 
     @cached_property
-    def rows(self) -> Tensor:
-        """(B * N,) as `in_batch`, of results with one more row, which gathers what is dropped."""
-        return in_batch(self.slot_BN, self.kept_BK.shape[1] + 1)
+    def slot_BN(self) -> Tensor:
+        """The row of the result in which each token is; K, one past the last, if it is dropped."""
+        batch, kept = self.kept_BK.shape
+        slot_BN = self.kept_BK.new_full((batch, self.tokens), kept).scatter(1, self.kept_BK, indices(self.kept_BK))
+        if self.joining_BR is None or self.target_BR is None:
+            return slot_BN
+        return slot_BN.scatter(1, self.joining_BR, self.target_BR)
+
+    def ordered(self, order_BK: Tensor) -> "Merge":
+        """With these rows of the result one behind the other."""
+        kept_BK, target_BR = self.kept_BK.gather(1, order_BK), self.target_BR
+        if target_BR is not None:
+            target_BR = order_BK.argsort(dim=1).gather(1, target_BR)
+        return Merge(self.tokens, kept_BK, self.joining_BR, target_BR)
 
     def sum(self, x_BN: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""
-        batch, kept = self.kept_BK.shape
+        y_BK = take(x_BN, self.kept_BK)
+        if self.joining_BR is None or self.target_BR is None:
+            return y_BK
         if x_BN.ndim == 2:
-            return x_BN.new_zeros(batch, kept + 1).scatter_add(1, self.slot_BN, x_BN)[:, :-1]
-        out = x_BN.new_zeros(batch * (kept + 1), *x_BN.shape[2:]).index_add_(0, self.rows, x_BN.flatten(0, 1))
-        return out.view(batch, kept + 1, *x_BN.shape[2:])[:, :-1]
+            return y_BK.scatter_add_(1, self.target_BR, x_BN.gather(1, self.joining_BR))
+        joining_BR = take(x_BN, self.joining_BR)
+        if x_BN.shape[0] == 1:
+            return y_BK.index_add_(1, self.target_BR[0], joining_BR)
+        rows = in_batch(self.target_BR, y_BK.shape[1])
+        return y_BK.flatten(0, 1).index_add_(0, rows, joining_BR.flatten(0, 1)).view_as(y_BK)
 
     def mean(self, x_BN: Tensor, size_BN: Tensor, total_BK: Tensor | None = None) -> Tensor:
         """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x.
@@ -92,16 +104,13 @@ class Merge:
             total_BK: `sum` of the sizes, where it is there already.
         """
         total_BK = self.sum(size_BN) if total_BK is None else total_BK
-        size, total = (s.view(*s.shape, *[1] * (x_BN.ndim - 2)) for s in (size_BN, total_BK))
-        return (self.sum(at_least_float32(x_BN) * size) / total).to(x_BN.dtype)
+        for _ in range(x_BN.ndim - 2):
+            size_BN, total_BK = size_BN[..., None], total_BK[..., None]
+        return (self.sum(at_least_float32(x_BN) * size_BN) / total_BK).to(x_BN.dtype)
 
     def unmerge(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, N, ...): every token gets what it was merged into; zero if it was dropped."""
         return take(torch.cat([y_BK, torch.zeros_like(y_BK[:, :1])], dim=1), self.slot_BN)
-
-    def then(self, later: "Merge") -> "Merge":
-        """This step and a later one as one."""
-        return Merge(later.follow(self.slot_BN), take(self.kept_BK, later.kept_BK))
 
     def follow(self, slot_BS: Tensor) -> Tensor:
         """Where tokens are after this step that were in these rows before it."""
@@ -160,11 +169,6 @@ class State:
     def place_BN(self) -> Tensor:
         """The original token whose place in the picture each has: for rotary tables and for the order."""
         return reduce(lambda place_BN, merge: take(place_BN, merge.kept_BK), self.merges, self.original_BS)
-
-    @property
-    def merge(self) -> Merge:
-        """From the original tokens to those of now, all steps as one."""
-        return Merge(self.slot_BS, self.place_BN)
 
     @property
     def sources_BNS(self) -> Tensor:
@@ -305,4 +309,4 @@ class Reducer(Method):
         if self.strict_reference or not state.merges:
             return x_BNC, state
         order_BN = state.place_BN.argsort(dim=1, stable=True)
-        return take(x_BNC, order_BN), state.after(Merge.keeping(order_BN, x_BNC.shape[1]))
+        return take(x_BNC, order_BN), state.after(Merge(x_BNC.shape[1], order_BN))

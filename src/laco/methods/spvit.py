@@ -123,9 +123,15 @@ class SPViT(Reducer):
             package_BC = package_BC / weight_B1.where(weight_B1 > 0, 1)  # of an empty one the gradient stays small, too
         place_BN = indices(x_BNC)
         heaviest_B1 = weight_BN.argmax(dim=1, keepdim=True)  # an empty package has the place of the first token
-        merge = Merge(place_BN.where(dropped_BN < 0.5, tokens), torch.cat([place_BN, heaviest_B1], dim=1))
-        state = replace(state, policy_BN=None).after(merge)
-        state = replace(state, policy_BN=F.pad(keep_BN, (0, 1), value=1), packages=packages + 1)
+        # All rows remain, those of the tokens that go to the package empty.
+        row_BN = place_BN.where(dropped_BN < 0.5, tokens)
+        state = replace(
+            state,
+            size_BN=F.pad(torch.zeros_like(state.size_BN), (0, 1)).scatter_add(1, row_BN, state.size_BN),
+            merges=(*state.merges, Merge(tokens, torch.cat([place_BN, heaviest_B1], dim=1), place_BN, row_BN)),
+            policy_BN=F.pad(keep_BN, (0, 1), value=1),
+            packages=packages + 1,
+        )
         return torch.cat([x_BNC, package_BC[:, None].to(x_BNC.dtype)], dim=1), state
 
     def gather(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
@@ -137,7 +143,7 @@ class SPViT(Reducer):
         first_BK = prefix + alive_BM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
         place_BN = indices(x_BNC)
         kept_BK = torch.cat([place_BN[:, :prefix], first_BK, place_BN[:, end:]], dim=1)
-        state = state.after(Merge.keeping(kept_BK, x_BNC.shape[1]))
+        state = state.after(Merge(x_BNC.shape[1], kept_BK))
         assert state.policy_BN is not None
         return take(x_BNC, kept_BK), replace(state, policy_BN=None) if state.policy_BN.all() else state
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vector_norm
 
 from laco.errors import LacoError
 from laco.methods.reducer import LayerSignals, Merge, Reducer, State, at_least_float32, indices
@@ -114,8 +114,9 @@ def match(
     place_BN = indices(metric_BNd)
     amount = min(amount, (tokens - prefix) // 2)
     if amount <= 0:
-        return Merge(place_BN, place_BN)
-    metric_BNd = normalize(at_least_float32(metric_BNd.detach()), dim=-1)
+        return Merge(tokens, place_BN)
+    metric_BNd = at_least_float32(metric_BNd.detach())
+    metric_BNd = metric_BNd / vector_norm(metric_BNd, dim=-1, keepdim=True).clamp_min(1e-12)
     with without_autocast(metric_BNd.device):
         score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
     if prefix > 1:
@@ -126,15 +127,13 @@ def match(
     if prefix:
         best_BA[:, : (prefix + 1) // 2] = -torch.inf
 
-    ranked_BA = best_BA.argsort(dim=1, descending=True, stable=True)
-    joining_Br, staying_BA = ranked_BA.tensor_split([amount], dim=1)
+    joining_Br, staying_BA = best_BA.argsort(dim=1, descending=True, stable=True).tensor_split([amount], dim=1)
     if order != "score":
         staying_BA = staying_BA.sort(dim=1).values
     kept_BK = torch.cat([2 * staying_BA, place_BN[:, 1::2]], dim=1)
+    merge = Merge(tokens, kept_BK, 2 * joining_Br, partner_BA.gather(1, joining_Br) + staying_BA.shape[1])
     if order == "index":
-        kept_BK = kept_BK.sort(dim=1).values
-    elif prefix > 1:  # prefix tokens at odd positions go back to the front
-        kept_BK = kept_BK.gather(1, torch.where(kept_BK < prefix, kept_BK, prefix).argsort(dim=1, stable=True))
-    slot_BN = Merge.keeping(kept_BK, tokens).slot_BN
-    joined_Br = slot_BN.gather(1, 2 * partner_BA.gather(1, joining_Br) + 1)
-    return Merge(slot_BN.scatter(1, 2 * joining_Br, joined_Br), kept_BK)
+        return merge.ordered(kept_BK.argsort(dim=1))
+    if prefix > 1:  # prefix tokens at odd positions go back to the front
+        return merge.ordered(torch.where(kept_BK < prefix, kept_BK, prefix).argsort(dim=1, stable=True))
+    return merge

@@ -11,7 +11,7 @@ from cases.case import Case, Outputs, load
 from laco.methods.evit import EViT, keep_rate
 from laco.methods.folder import Folder
 from laco.methods.ipcv import IPCV, Memory
-from laco.methods.reducer import LayerSignals, Merge, Reducer, State, indices, take
+from laco.methods.reducer import LayerSignals, Merge, Reducer, State, indices
 from laco.methods.spvit import MultiheadSelector, SPViT, policy_softmax
 from laco.methods.tome import ToMe, match
 
@@ -91,10 +91,9 @@ def sizes(state: State) -> Tensor:
 
 def misread(merge: Merge, y_BKC: Tensor) -> Tensor:
     """ToMe's way back: it takes rows for [even, odd] tokens, also where a distillation token has moved to the front."""
-    if merge.kept_BK.shape == merge.slot_BN.shape:
+    if merge.joining_BR is None:
         return y_BKC
-    row_BK = (merge.kept_BK % 2).argsort(dim=1, stable=True).argsort(dim=1)
-    return Merge(take(row_BK, merge.slot_BN), merge.kept_BK).unmerge(y_BKC)
+    return merge.ordered((merge.kept_BK % 2).argsort(dim=1, stable=True)).unmerge(y_BKC)
 
 
 def tome_merge(case: Case) -> Outputs:

@@ -78,7 +78,8 @@ class Halves:
         module: Any = getter(self.attention)(layer)
         heads = getattr(module, "num_heads", None) or module.config.num_attention_heads  # which takes longer
         normed_BNC = run(layer, x_BNC, self.norm)
-        return [run(layer, normed_BNC, parts).unflatten(-1, (heads, -1)).transpose(1, 2) for parts in projections]
+        split = (*x_BNC.shape[:2], heads, -1)
+        return [run(layer, normed_BNC, parts).reshape(split).transpose(1, 2) for parts in projections]
 
     def queries_keys(self, layer: nn.Module, x_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, H, N, d), of tokens that enter a layer."""
@@ -132,12 +133,13 @@ def written_out(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as a function of transformers, with all N x N weights: what `eager` means, or with another softmax."""
-    logits_BHNN = query * scaling @ key.mT  # fewer products than to scale the logits
+    # N x N numbers are many to go through once more, or to keep for longer than needed.
+    weights_BHNN = query * scaling @ key.mT
     if attention_mask is not None:
-        logits_BHNN = logits_BHNN + attention_mask
+        weights_BHNN += attention_mask
     if softmax is None:
-        weights_BHNN = logits_BHNN.softmax(dim=-1, dtype=torch.promote_types(logits_BHNN.dtype, torch.float32))
+        weights_BHNN = weights_BHNN.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
     else:
-        weights_BHNN = softmax(logits_BHNN)
-    mixed_BHNd = F.dropout(weights_BHNN.to(value.dtype), dropout) @ value
+        weights_BHNN = softmax(weights_BHNN)
+    mixed_BHNd = F.dropout(weights_BHNN.to(value.dtype), dropout, dropout > 0) @ value
     return mixed_BHNd.transpose(1, 2), weights_BHNN
