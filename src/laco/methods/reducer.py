@@ -44,7 +44,7 @@ def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
     if x_BN.ndim == 2:
         return x_BN.gather(1, index_BK)
     if x_BN.shape[0] == 1:
-        return x_BN[0].index_select(0, index_BK[0])[None]
+        return x_BN.index_select(1, index_BK[0])
     return x_BN.flatten(0, 1).index_select(0, in_batch(index_BK, x_BN.shape[1])).unflatten(0, index_BK.shape)
 
 
@@ -87,26 +87,36 @@ class Merge:
     def sum(self, x_BN: Tensor) -> Tensor:
         """(B, N, ...) -> (B, K, ...)."""
         y_BK = take(x_BN, self.kept_BK)
-        if self.joining_BR is None or self.target_BR is None:
-            return y_BK
-        if x_BN.ndim == 2:
-            return y_BK.scatter_add_(1, self.target_BR, x_BN.gather(1, self.joining_BR))
-        joining_BR = take(x_BN, self.joining_BR)
-        if x_BN.shape[0] == 1:
-            return y_BK.index_add_(1, self.target_BR[0], joining_BR)
-        rows = in_batch(self.target_BR, y_BK.shape[1])
-        return y_BK.flatten(0, 1).index_add_(0, rows, joining_BR.flatten(0, 1)).view_as(y_BK)
+        return y_BK if self.joining_BR is None else self.add(y_BK, take(x_BN, self.joining_BR))
 
     def mean(self, x_BN: Tensor, size_BN: Tensor, total_BK: Tensor | None = None) -> Tensor:
         """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x.
 
+        From each token that stays to the mean, which is less work than the mean itself, as few change at all.
+
         Args:
             total_BK: `sum` of the sizes, where it is there already.
         """
+        y_BK = take(x_BN, self.kept_BK)
+        if self.joining_BR is None or self.target_BR is None:
+            return y_BK
+        y_BK = at_least_float32(y_BK)
         total_BK = self.sum(size_BN) if total_BK is None else total_BK
+        share_BR = size_BN.gather(1, self.joining_BR).to(y_BK.dtype) / total_BK.gather(1, self.target_BR)
         for _ in range(x_BN.ndim - 2):
-            size_BN, total_BK = size_BN[..., None], total_BK[..., None]
-        return (self.sum(at_least_float32(x_BN) * size_BN) / total_BK).to(x_BN.dtype)
+            share_BR = share_BR.unsqueeze(-1)
+        away_BR = at_least_float32(take(x_BN, self.joining_BR)) - take(y_BK, self.target_BR)
+        return self.add(y_BK, away_BR * share_BR).to(x_BN.dtype)
+
+    def add(self, y_BK: Tensor, z_BR: Tensor) -> Tensor:
+        """y, to whose rows the rows of z are added that join them, in place."""
+        assert self.target_BR is not None
+        if y_BK.ndim == 2:
+            return y_BK.scatter_add_(1, self.target_BR, z_BR)
+        if y_BK.shape[0] == 1:
+            return y_BK.index_add_(1, self.target_BR[0], z_BR)
+        rows = in_batch(self.target_BR, y_BK.shape[1])
+        return y_BK.flatten(0, 1).index_add_(0, rows, z_BR.flatten(0, 1)).view_as(y_BK)
 
     def unmerge(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, N, ...): every token gets what it was merged into; zero if it was dropped."""

@@ -93,7 +93,8 @@ class ToMe(Reducer):
         self.check(signals)
         assert signals.keys is not None
         order: Order = "score" if self.strict_reference and not state.prefix else "split"
-        merge = match(at_least_float32(signals.keys).mean(dim=1), amount, state.prefix, order=order)
+        key_BNd = at_least_float32(signals.keys).sum(dim=1)  # as good as the mean where only angles count
+        merge = match(key_BNd, amount, state.prefix, order=order)
         return state.merged(x_BNC, merge)
 
 
@@ -118,7 +119,7 @@ def match(
     metric_BNd = at_least_float32(metric_BNd.detach())
     metric_BNd = metric_BNd / vector_norm(metric_BNd, dim=-1, keepdim=True).clamp_min(1e-12)
     with without_autocast(metric_BNd.device):
-        score_BAB = metric_BNd[:, ::2] @ metric_BNd[:, 1::2].mT
+        score_BAB = metric_BNd[:, ::2].bmm(metric_BNd[:, 1::2].mT)
     if prefix > 1:
         score_BAB[:, :, : prefix // 2] = -torch.inf
     best_BA, partner_BA = score_BAB.max(dim=-1)
