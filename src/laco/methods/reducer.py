@@ -50,6 +50,8 @@ def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
 
 def in_batch(index_BK: Tensor, rows: int) -> Tensor:
     """(B * K,) where these rows of pictures are if the `rows` of every picture follow those of the one before."""
+    if index_BK.shape[0] == 1:
+        return index_BK[0]
     return (index_BK + rows * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
 
 

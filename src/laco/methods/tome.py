@@ -112,10 +112,9 @@ def match(
             order of score, `index` as they stood.
     """
     tokens = metric_BNd.shape[1]
-    place_BN = indices(metric_BNd)
     amount = min(amount, (tokens - prefix) // 2)
     if amount <= 0:
-        return Merge(tokens, place_BN)
+        return Merge(tokens, indices(metric_BNd))
     metric_BNd = at_least_float32(metric_BNd.detach())
     metric_BNd = metric_BNd / vector_norm(metric_BNd, dim=-1, keepdim=True).clamp_min(1e-12)
     with without_autocast(metric_BNd.device):
@@ -131,7 +130,8 @@ def match(
     joining_Br, staying_BA = best_BA.argsort(dim=1, descending=True, stable=True).tensor_split([amount], dim=1)
     if order != "score":
         staying_BA = staying_BA.sort(dim=1).values
-    kept_BK = torch.cat([2 * staying_BA, place_BN[:, 1::2]], dim=1)
+    odd_BB = torch.arange(1, tokens, 2, device=metric_BNd.device).expand(metric_BNd.shape[0], -1)
+    kept_BK = torch.cat([2 * staying_BA, odd_BB], dim=1)
     merge = Merge(tokens, kept_BK, 2 * joining_Br, partner_BA.gather(1, joining_Br) + staying_BA.shape[1])
     if order == "index":
         return merge.ordered(kept_BK.argsort(dim=1))
