@@ -247,7 +247,7 @@ def there(x: Tensor) -> Tensor:
 @torch.no_grad()
 def test_features_equal_a_loop_over_stock_layers(name, reducer):
     stock = stock_tower(name)
-    tower, pixels = reduced(stock, reducer), pictures()
+    tower, pixels = reduced(stock, reducer), pictures(6)
     found = tower(pixels).last_hidden_state
     norm = part(stock, NAMES[name].last_norm)
     for picture, x in enumerate(entering(stock, pixels)):

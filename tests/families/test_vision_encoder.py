@@ -174,16 +174,19 @@ def test_sdpa_equals_eager_and_bfloat16_is_close(name, method):
     subject = compressed(name, method)
     encoder, inputs = subject.encoder, subject.inputs(method)
     assert encoder.config._attn_implementation == "sdpa"
-    sdpa = features(encoder, inputs)
+    sdpa = features(encoder.double(), to(inputs, torch.double))
     encoder.set_attn_implementation("eager")
-    torch.testing.assert_close(features(encoder, inputs), sdpa, rtol=0, atol=1e-5)
-    half = {
-        key: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+    torch.testing.assert_close(features(encoder, to(inputs, torch.double)), sdpa, rtol=0, atol=1e-5)
+    found = features(encoder.bfloat16(), to(inputs, torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - sdpa).norm() < 0.05 * sdpa.norm()
+
+
+def to(inputs: dict, dtype: torch.dtype) -> dict:
+    return {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()
     }
-    found = features(encoder.bfloat16(), half)
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - sdpa).norm() < 0.05 * sdpa.norm()
 
 
 class Features(nn.Module):

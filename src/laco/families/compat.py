@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -9,6 +12,8 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 TAKES_FEATURES = Version(transformers.__version__) >= Version("5.18")  # models have `mm_encoder_outputs`
+# Before that, in this thread: by the id of the part of a model that is asked for them.
+GIVEN: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("laco_given", default=MappingProxyType({}))
 
 
 def checkpoint_activations(model: PreTrainedModel, **settings: Any) -> None:
@@ -45,11 +50,22 @@ def given_features(
         return
     # Such a model only takes pixels, but it asks its innermost part with these methods for their features.
     *_, body = (part for part in model.modules() if hasattr(type(part), "get_image_features"))
-    names = {kind: f"get_{kind}_features" for kind in features}
-    for kind, name in names.items():
-        setattr(body, name, lambda *args, kind=kind, **kwargs: features[kind])
+    token = GIVEN.set({**GIVEN.get(), id(body): features})
+
+    def asked(kind: str, *args: Any, **kwargs: Any) -> Any:
+        handed = handed_features(body)  # another thread may ask the same model about other pictures
+        return handed[kind] if kind in handed else getattr(type(body), f"get_{kind}_features")(body, *args, **kwargs)
+
+    for kind in features:
+        setattr(body, f"get_{kind}_features", partial(asked, kind))
     try:
         yield {**others, **seen}
     finally:
-        for name in names.values():
-            delattr(body, name)
+        GIVEN.reset(token)
+        for kind in features:
+            vars(body).pop(f"get_{kind}_features", None)
+
+
+def handed_features(body: Any) -> Mapping[str, Any]:
+    """What `given_features` has for this part of a model, where models do not take it."""
+    return GIVEN.get().get(id(body), {})

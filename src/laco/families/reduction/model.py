@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from laco.errors import LacoError
+from laco.families.compat import handed_features
 from laco.families.encoders import encoder_of
 from laco.families.reduction.decisions import around_missing, teaching_reducer
 from laco.families.reduction.hooks import tapped
@@ -129,6 +130,8 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
 
         What methods inside the language model want to know of them is noted on the way.
         """
+        if (handed := handed_features(self).get("video" if video else "image")) is not None:
+            return handed
         selector, pictures = self.config.selector, self.pictures
         mapped = map_layers(pictures.encoder(self), self.config.decoder_method)
         if (selector is None and not mapped) or PASSING.get():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from laco.families.compat import given_features
+from laco.families.compat import given_features, handed_features
 from laco.families.reduction.pictures import Pictures
 from laco.families.reduction.prompt import ANSWERS, PROMPT, prompt_of, within
 from laco.families.reduction.short import Short
@@ -64,11 +64,8 @@ class TakesShortPrompts(PreTrainedModel):
 
     def handed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Features that were computed before a call of the model, by "image" or "video"."""
-        handed = {kind: features for kind, features in (given.get("mm_encoder_outputs") or {}).items() if features}
-        for kind in PIXELS:  # `compat.given_features` before 5.18
-            if (hand_over := vars(self).get(f"get_{kind}_features")) is not None:
-                handed[kind] = hand_over()
-        return handed
+        handed = {**handed_features(self), **(given.get("mm_encoder_outputs") or {})}
+        return {kind: features for kind, features in handed.items() if features}
 
     def tokens_of(self, given: Mapping[str, Any]) -> Tensor | None:
         """(B, l) the tokens of a call; None where embeddings alone are known."""
