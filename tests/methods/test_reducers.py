@@ -152,6 +152,18 @@ def test_dropped_tokens_are_in_no_sum_and_come_back_as_zero() -> None:
     assert later.follow(merge.slot_BN).tolist() == [[1, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
 
 
+def test_two_steps_as_one() -> None:
+    x, size = rand(2, 13, 3), rand(2, 13, seed=2).abs() + 1
+    nothing = Merge(13, torch.arange(13).expand(2, -1))
+    first = match(x, 5, 1)
+    for one, two in ((first, match(rand(2, 8, 3, seed=1), 3, 1)), (nothing, first), (first, match(x[:, :8], 0, 1))):
+        both = one.then(two)
+        assert torch.equal(both.slot_BN, two.follow(one.slot_BN))
+        torch.testing.assert_close(both.sum(size), two.sum(one.sum(size)), **same)
+        in_turn = two.mean(one.mean(x, size), one.sum(size))
+        torch.testing.assert_close(both.mean(x, size), in_turn, **same)
+
+
 # ToMe.
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from laco.errors import LacoError
-from laco.methods.reducer import LayerSignals, Reducer, State, at_least_float32
+from laco.methods.reducer import LayerSignals, Merge, Reducer, State, at_least_float32, indices
 from laco.methods.tome import Order, match
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Reducer):
-    """Bipartite matching that spares what CLS looks at, repeated, with means weighted by size.
+    """Bipartite matching that spares what CLS looks at, repeated, with one size-weighted mean at the end.
 
     Args:
         keep: so many visual tokens remain, or such a fraction of them. The paper removes r tokens for each of L
@@ -91,14 +91,14 @@ class Folder(Reducer):
         tokens = x_BNC.shape[1] - state.prefix
         penalty_BN = 100 * self.alpha * at_least_float32(signals.saliency_BN)
         key_BNd = at_least_float32(signals.keys).mean(dim=1)
-        return fold(x_BNC, state, tokens - self.left(tokens), key_BNd, penalty_BN)
+        return state.merged(x_BNC, fold(key_BNd, tokens - self.left(tokens), state, penalty_BN))
 
     def after_layers(self, x_BNC: Tensor, state: State) -> tuple[Tensor, State]:
         if self.form == "block":
             return super().after_layers(x_BNC, state)
         tokens = x_BNC.shape[1]
         amount = tokens - state.prefix - self.left(tokens - state.prefix)
-        x_BNC, state = fold(x_BNC, state, amount, at_least_float32(x_BNC), order="index")
+        x_BNC, state = state.merged(x_BNC, fold(at_least_float32(x_BNC), amount, state, order="index"))
         once = amount if amount <= most(tokens, state.prefix) else 0
         if self.log_size and (not self.strict_reference or once < x_BNC.shape[1] // 2):
             x_BNC = (x_BNC * (1 + state.size_BN.log()[..., None])).to(x_BNC.dtype)
@@ -110,25 +110,22 @@ def most(tokens: int, prefix: int) -> int:
     return max((tokens - max(prefix, 1)) // 2, int(tokens - prefix > 1))
 
 
+@torch.no_grad()
 def fold(
-    x_BNC: Tensor,
-    state: State,
-    amount: int,
-    metric_BNd: Tensor,
-    penalty_BN: Tensor | None = None,
-    order: Order = "split",
-) -> tuple[Tensor, State]:
-    """Tokens and state after as many matchings as it takes to merge `amount` tokens.
+    metric_BNd: Tensor, amount: int, state: State, penalty_BN: Tensor | None = None, order: Order = "split"
+) -> Merge:
+    """As many matchings as it takes to merge `amount` tokens.
 
     Between two of them the metric is averaged by size, the penalty over the tokens that met, whatever their size.
     """
-    metric_BNd = metric_BNd.detach()
+    size_BN = state.size_BN
+    total = Merge(metric_BNd.shape[1], indices(metric_BNd))
     while amount > 0:
         step = min(amount, most(metric_BNd.shape[1], state.prefix))
         merge = match(metric_BNd, step, state.prefix, penalty_BN, order)
-        metric_BNd = merge.mean(metric_BNd, state.size_BN)
+        metric_BNd = merge.mean(metric_BNd, size_BN)
         if penalty_BN is not None:
-            penalty_BN = merge.mean(penalty_BN.detach(), torch.ones_like(state.size_BN))
-        x_BNC, state = state.merged(x_BNC, merge)
-        amount -= step
-    return x_BNC, state
+            penalty_BN = merge.mean(penalty_BN, torch.ones_like(size_BN))
+        size_BN = merge.sum(size_BN)
+        total, amount = total.then(merge), amount - step
+    return total

@@ -94,21 +94,24 @@ class Merge:
     def mean(self, x_BN: Tensor, size_BN: Tensor, total_BK: Tensor | None = None) -> Tensor:
         """(B, N, ...) -> (B, K, ...) mean weighted by size; in float32 at least, given back in the dtype of x.
 
-        From each token that stays to the mean, which is less work than the mean itself, as few change at all.
-
         Args:
+            size_BN: it has no gradient.
             total_BK: `sum` of the sizes, where it is there already.
         """
-        y_BK = take(x_BN, self.kept_BK)
         if self.joining_BR is None or self.target_BR is None:
-            return y_BK
-        y_BK = at_least_float32(y_BK)
+            return take(x_BN, self.kept_BK)
         total_BK = self.sum(size_BN) if total_BK is None else total_BK
-        share_BR = size_BN.gather(1, self.joining_BR).to(y_BK.dtype) / total_BK.gather(1, self.target_BR)
+        y_BK = self.share(x_BN, self.kept_BK, size_BN, total_BK)
+        z_BR = self.share(x_BN, self.joining_BR, size_BN, total_BK.gather(1, self.target_BR))
+        return self.add(y_BK, z_BR).to(x_BN.dtype)
+
+    def share(self, x_BN: Tensor, index_BK: Tensor, size_BN: Tensor, total_BK: Tensor) -> Tensor:
+        """What these tokens are of the mean that they become part of."""
+        y_BK = at_least_float32(take(x_BN, index_BK))
+        part_BK = size_BN.gather(1, index_BK).to(y_BK.dtype) / total_BK
         for _ in range(x_BN.ndim - 2):
-            share_BR = share_BR.unsqueeze(-1)
-        away_BR = at_least_float32(take(x_BN, self.joining_BR)) - take(y_BK, self.target_BR)
-        return self.add(y_BK, away_BR * share_BR).to(x_BN.dtype)
+            part_BK = part_BK.unsqueeze(-1)
+        return y_BK.mul_(part_BK)  # new in any case
 
     def add(self, y_BK: Tensor, z_BR: Tensor) -> Tensor:
         """y, to whose rows the rows of z are added that join them, in place."""
@@ -119,6 +122,18 @@ class Merge:
             return y_BK.index_add_(1, self.target_BR[0], z_BR)
         rows = in_batch(self.target_BR, y_BK.shape[1])
         return y_BK.flatten(0, 1).index_add_(0, rows, z_BR.flatten(0, 1)).view_as(y_BK)
+
+    def then(self, later: "Merge") -> "Merge":
+        """This step and a later one as one; neither drops tokens."""
+        kept_BK = take(self.kept_BK, later.kept_BK)
+        if self.joining_BR is None or self.target_BR is None:
+            joining_BR = None if later.joining_BR is None else take(self.kept_BK, later.joining_BR)
+            return Merge(self.tokens, kept_BK, joining_BR, later.target_BR)
+        joining_BR, target_BR = self.joining_BR, later.slot_BN.gather(1, self.target_BR)
+        if later.joining_BR is not None and later.target_BR is not None:
+            joining_BR = torch.cat([joining_BR, take(self.kept_BK, later.joining_BR)], dim=1)
+            target_BR = torch.cat([target_BR, later.target_BR], dim=1)
+        return Merge(self.tokens, kept_BK, joining_BR, target_BR)
 
     def unmerge(self, y_BK: Tensor) -> Tensor:
         """(B, K, ...) -> (B, N, ...): every token gets what it was merged into; zero if it was dropped."""
