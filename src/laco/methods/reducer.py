@@ -62,7 +62,8 @@ class Merge:
     Args:
         tokens: before the step, N.
         kept_BK: the token that stands for each row of the result; the row has its place in the picture.
-        joining_BR, target_BR: further tokens, and the row of the result that each of them joins.
+        joining_BR, target_BR: further tokens, and the row of the result that each of them joins; `slot_BN` alone also
+            reads them where a token leaves the row that it stands for (SPViT), whose sums are the method's own.
     """
 
     tokens: int

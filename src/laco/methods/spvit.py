@@ -123,7 +123,7 @@ class SPViT(Reducer):
             package_BC = package_BC / weight_B1.where(weight_B1 > 0, 1)  # of an empty one the gradient stays small, too
         place_BN = indices(x_BNC)
         heaviest_B1 = weight_BN.argmax(dim=1, keepdim=True)  # an empty package has the place of the first token
-        # All rows remain, those of the tokens that go to the package empty.
+        # All rows remain, those of tokens that go to the package empty: `Merge.sum` would count these tokens twice.
         row_BN = place_BN.where(dropped_BN < 0.5, tokens)
         state = replace(
             state,

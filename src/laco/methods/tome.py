@@ -116,6 +116,7 @@ def match(
     if amount <= 0:
         return Merge(tokens, indices(metric_BNd))
     metric_BNd = at_least_float32(metric_BNd.detach())
+    # As torch.nn.functional.normalize, whose own steps cost more than these where tokens are few.
     metric_BNd = metric_BNd / vector_norm(metric_BNd, dim=-1, keepdim=True).clamp_min(1e-12)
     with without_autocast(metric_BNd.device):
         score_BAB = metric_BNd[:, ::2].bmm(metric_BNd[:, 1::2].mT)
