@@ -75,7 +75,7 @@ def plain(name: str, pixels: int, layers: int, r: int) -> Any:
         return x_BNC + layer.mlp(layer.layer_norm2(x_BNC))
 
     def begin(_: Any, args: tuple[Tensor, ...]) -> None:
-        shared["size"] = torch.ones(len(args[0]), prefix + (pixels // 16) ** 2, 1)
+        shared["size"] = torch.ones(len(args[0]), prefix + (pixels // 16) ** 2, 1, dtype=args[0].dtype)
 
     body = getattr(model, "vision_model", model)
     for layer in body.encoder.layers:

@@ -163,8 +163,9 @@ def coverage(
     """
     covered_M = torch.zeros_like(similarity_MN[:, 0])
     gain_N = torch.zeros_like(similarity_MN[0], dtype=torch.double)
+    space_RN = torch.empty_like(similarity_MN[:block])  # once: taking memory anew costs more than what is done in it
     for part_RN in similarity_MN.split(block):
-        gain_N += part_RN.clamp(min=0).sum(dim=0)
+        gain_N += torch.clamp(part_RN, min=0, out=space_RN[: len(part_RN)]).sum(dim=0)
     weight_N = torch.ones_like(gain_N) if weight_N is None else weight_N.double()
     free_N = torch.zeros_like(gain_N) if bonus_N is None else bonus_N.to(gain_N)  # -inf once it is picked
     picks: list[Tensor] = []
@@ -175,7 +176,7 @@ def coverage(
         seen_M = similarity_MN.index_select(1, pick_1)[:, 0]
         for rows_R in (seen_M > covered_M).nonzero()[:, 0].split(block):
             old_R1, new_R1 = covered_M[rows_R, None], seen_M[rows_R, None]
-            part_RN = similarity_MN.index_select(0, rows_R)
+            part_RN = torch.index_select(similarity_MN, 0, rows_R, out=space_RN[: len(rows_R)])
             torch.minimum(part_RN, new_R1, out=part_RN)
             torch.maximum(part_RN, old_R1, out=part_RN)
             gain_N -= part_RN.sum(dim=0)
