@@ -17,7 +17,7 @@ products costs.
 
     python benchmarks/scoring_cost.py
 
-Takes 8 minutes on two quiet cores. Writes benchmarks/scoring_cost.csv: medians in milliseconds for a whole
+Takes 7 minutes on two quiet cores. Writes benchmarks/scoring_cost.csv: medians in milliseconds for a whole
 batch, with 95 % intervals, which fewer than 7 rounds do not get; what cannot run at a size says why under `note`.
 Command, number of rounds and machine stand in the comment above. `--only NAME...` measures some; a trial is
 `--width 64 --tokens 64 --batches 1 --keep 8 --rounds 1 --output trial.csv`. Goal: farthest points, determinants,
