@@ -12,6 +12,7 @@ from copy import deepcopy
 from itertools import accumulate
 from math import comb
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -82,7 +83,9 @@ def median_interval(values: list[float]) -> Ratio:
 def interleave(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 2, progress: bool = True
 ) -> Timings:
-    """Times callables round by round, each round in another order.
+    """Times callables round by round, each round in an order of chance (the same in every run).
+
+    What ran just before leaves caches and memory as it likes, so nothing may always follow the same neighbour.
 
     Args:
         calls: by name; the first is the one to which the others are compared.
@@ -95,13 +98,13 @@ def interleave(
         for call in calls.values():
             call()
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    chance = Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for turn in track(range(rounds), "timing", console=Console(stderr=True), disable=not progress):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
+        for _ in track(range(rounds), "timing", console=Console(stderr=True), disable=not progress):
+            for name in chance.sample(names, len(names)):
                 milliseconds[name].append(timed(calls[name])[1])
     finally:
         if collecting:
