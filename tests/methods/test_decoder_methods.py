@@ -345,6 +345,23 @@ def test_sparsevlm_by_hand():
         method.start(replace(signals, visual=torch.arange(15, 45), embeddings=embeddings))
 
 
+def test_the_authors_numbers_of_sparsevlm_by_version():
+    for version, counts in (("1", [300, 200, 110]), ("plus", [300, 200, 118])):
+        method = SparseVLM(version=version)
+        assert [method.kept(576, 576, stage) for stage in range(3)] == counts
+        assert method == SparseVLM(**as_settings(192, version))
+
+
+def test_autocast_changes_no_rater_of_sparsevlm():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        embeddings = (0.3 * torch.randn(90, 64)).requires_grad_()
+        given = DecoderSignals(visual=torch.arange(5, 69), length=90, embeddings=embeddings)
+        raters = SparseVLM().start(given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(SparseVLM().start(given), raters)
+
+
 def test_sparsevlm_plus_by_hand():
     method, signals = SparseVLM(keep=9, depths=(0.5,), version="plus", heads=2), sample()
     signals = replace(signals, memory=torch.tensor([0, 2, 3, 8]))
@@ -498,6 +515,11 @@ def test_trees_over_time_by_hand(direct, per_frame):
         children = sum(parent[token] == root for token in joins)
         size = 1 + children if direct else len(trees[root])
         torch.testing.assert_close(row, sum(x[token] for token in trees[root]) / size, rtol=0, atol=1e-6)
+
+
+def test_equal_frames_do_not_merge_over_time_where_nothing_may():
+    x = torch.randn(1, 20, 33).expand(4, -1, -1)
+    assert len(merge_over_time(x, torch.ones(4, 20, dtype=torch.bool), 1.0, per_frame=1).kept) == 80
 
 
 def test_flashvid():

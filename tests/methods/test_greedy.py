@@ -122,6 +122,25 @@ def test_coverage_is_the_plain_rule(kind, weighted, rows, tokens):
     assert len(found.unique()) == min(60, tokens)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(300, 64, generator=torch.manual_seed(0)) + 5,  # gains are small beside what is covered at first
+        torch.randn(5, 64, generator=torch.manual_seed(1)).repeat(20, 1),  # after five picks nothing is to gain
+    ],
+    ids=["much alike", "equal"],
+)
+def test_coverage_is_the_plain_rule_to_the_last_gain(x):
+    similarity = cosines(x).double().round(decimals=6).float()  # so those of equal tokens are equal
+    covered, picks = torch.zeros(len(similarity), dtype=torch.double), []
+    for _ in range(80):
+        gains = (similarity.double() - covered[:, None]).clamp(min=0).sum(dim=0)
+        gains[picks] = -torch.inf
+        picks.append(int(gains.argmax()))
+        covered = torch.maximum(covered, similarity[:, picks[-1]].double())
+    assert coverage(similarity, 80).tolist() == picks
+
+
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.95, 1.0])
 @pytest.mark.parametrize("count", [1, 8, 50])
 def test_an_independent_set_by_hand(threshold, count):

@@ -13,6 +13,7 @@ from laco.errors import LacoError
 from laco.grid import Grid
 from laco.methods import Plan, Selector, Signals, registry
 from laco.methods.cdpruner import conditional_kernel, scaled
+from laco.methods.evs import media_positions
 from laco.methods.greedy import coverage, determinantal, farthest_points
 from laco.methods.scissor import merge
 from laco.methods.selector import cosines
@@ -322,13 +323,25 @@ def test_scissor_samples_as_its_reference():
 
 
 def test_prumerge_counts_as_its_reference():
-    """8 outliers of 49 tokens are 8 / 49 of them, of which int(49 * (8 / 49)) = 7 stay; a budget of 8 keeps 8."""
+    """8 outliers of 49 tokens are 8 / 49 of them, and its int(49 * (8 / 49)) is 7; a budget of 8 keeps 8."""
     q, k = torch.zeros(50, 1, 4), torch.zeros(50, 1, 4)
     q[0] = 4
     k[[3, 9, 11, 17, 25, 31, 40, 44], 0, 0] = 2 + torch.arange(8.0)
     given = Signals(grid=Grid(1, 7, 7), features=torch.randn(50, 5), queries=q, keys=k)
-    assert len(SELECTORS["prumerge"]()(given).kept) == 7 + 1
+    assert len(SELECTORS["prumerge"](strict_reference=True)(given).kept) == 7 + 1
+    assert len(SELECTORS["prumerge"]()(given).kept) == 8 + 1
     assert len(SELECTORS["prumerge"](keep=8)(given).kept) == 8 + 1
+
+
+@pytest.mark.parametrize(("side", "outliers"), [(7, 1), (27, 3), (27, 16), (28, 55)])
+def test_prumerge_keeps_every_outlier(side, outliers):
+    """The share of 16 of 729, times 729, is less than 16 in binary fractions."""
+    keys, queries = 0.01 * torch.rand(side**2 + 1, 1, 8), torch.zeros(side**2 + 1, 1, 8)
+    keys[1 : outliers + 1, 0, 0], queries[0, 0, 0] = 5, 2
+    given = Signals(grid=Grid(1, side, side), features=torch.randn(side**2 + 1, 8), keys=keys, queries=queries)
+    assert len(SELECTORS["prumerge"]()(given).kept) == outliers + 1
+    spaced = torch.arange(0, side**2 - 1, max(side**2 // outliers // 3, 1))
+    assert len(SELECTORS["prumerge"](grid=True)(given).kept) == outliers + (spaced >= outliers).sum() + 1
 
 
 def test_prumerge_of_a_fixed_ratio_as_its_reference():
@@ -445,6 +458,41 @@ def test_theta_of_cdpruner():
         assert torch.equal(SELECTORS["cdpruner"](keep=8, theta=theta)(given).kept, wanted)
     with pytest.raises(LacoError, match="theta lies in 0"):
         SELECTORS["cdpruner"](theta=1.0)
+
+
+def test_theta_of_cdpruner_close_to_one():
+    """The relevance alone decides; its exponential is beyond float32."""
+    given = signals()
+    relevance = cosines(given.tokens, given.text).mean(dim=1)
+    relevant = relevance.argsort(descending=True, stable=True)[:4].sort().values
+    assert torch.equal(SELECTORS["cdpruner"](keep=4, theta=0.999)(given).kept, relevant)
+
+
+@pytest.mark.parametrize("count", [6, 9])
+def test_of_equal_tokens_greedy_prune_drops_none_for_being_too_like(count):
+    torch.manual_seed(0)
+    x, query = torch.randn(6, 33).repeat_interleave(3, dim=0), torch.randn(1, 33)
+    for _ in range(20):
+        given = Signals(grid=Grid(1, 1, 18), tokens=x, text=query)
+        groups = SELECTORS["greedy_prune"](keep=count, threshold=1.0)(given).kept // 3
+        best = cosines(x[::3].double(), query)[:, 0].topk(count // 3).indices
+        assert groups.tolist() == best.sort().values.repeat_interleave(3).tolist()
+        x, query = x.roll(1, dims=1), query * 1.3
+
+
+def test_of_equal_attention_visionzip_takes_the_first():
+    given = replace(signals(Grid(1, 8, 8)), cls_attention=torch.full((3, 64), 1 / 64))
+    assert SELECTORS["visionzip"](keep=8, contextual=0.0)(given).kept.tolist() == list(range(9))
+
+
+def test_a_plan_is_as_exact_as_its_tokens():
+    weights, x = torch.tensor([[0.5, 0.25, 0.25]]), torch.randn(3, 4, dtype=torch.double)
+    assert torch.equal(Plan(torch.tensor([0]), weights)(x), weights.double() @ x)
+    assert Plan(torch.tensor([0]), weights)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_times_of_frames_in_evs_as_vllm_rounds_them():
+    assert media_positions(Grid(16, 1, 1), 25, 1 / 3)[15, 0] == 124
 
 
 def test_cdpruner_in_the_space_of_clip_needs_it():

@@ -59,7 +59,9 @@ class CDPruner(Selector):
             assert signals.clip_text is not None
             relevance_N = scaled(-cosines(signals.clip_tokens, signals.clip_text).mean(dim=1))
         if self.theta is not None:
-            relevance_N = (self.theta / (2 - 2 * self.theta) * relevance_N).exp()
+            # Divided by its largest, which decides nothing, and in float64: exp(1 / (1 - theta)) is soon too much.
+            exponent_N = self.theta / (2 - 2 * self.theta) * relevance_N.double()
+            relevance_N = (exponent_N - exponent_N.max()).clamp(min=-300).exp()
         kernel = conditional_kernel(signals.tokens, relevance_N)
         return Plan(determinantal(kernel, self.budget(signals.grid.tokens)).sort().values)
 

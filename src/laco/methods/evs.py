@@ -55,6 +55,6 @@ def media_positions(grid: Grid, tokens_per_second: float, seconds_per_frame: flo
     Source: vLLM's positions for videos under EVS; rows of kept tokens are gathered.
     """
     frames, rows, columns = (torch.arange(side) for side in grid)
-    times = (frames * tokens_per_second * seconds_per_frame).long()
+    times = (frames * (tokens_per_second * seconds_per_frame)).long()
     places = torch.cartesian_prod(times, rows, columns).view(-1, 3)
     return torch.cat([places, torch.full_like(places[:, :1], grid.width)], dim=1)

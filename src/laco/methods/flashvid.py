@@ -167,7 +167,8 @@ def merge_over_time(x_FnD: Tensor, free_Fn: Tensor, threshold: float, per_frame:
     frames, size, _ = x_FnD.shape
     unit_FnD = normalize(x_FnD.float(), dim=-1)
     both_free = free_Fn[1:, :, None] & free_Fn[:-1, None]
-    best, parent = (unit_FnD[1:] @ unit_FnD[:-1].mT).masked_fill(~both_free, -1).max(dim=-1)
+    cosine_Fnn = (unit_FnD[1:] @ unit_FnD[:-1].mT).clamp(max=1)  # of equal tokens it may come out above 1
+    best, parent = cosine_Fnn.masked_fill(~both_free, -1).max(dim=-1)
     best_N = torch.cat([best.new_full((size,), -1), best.flatten()])
     places = torch.arange(frames * size, device=x_FnD.device)
     parent_N = torch.cat([places[:size], (parent + places.view(frames, size)[:-1, :1]).flatten()])

@@ -1,5 +1,4 @@
-"""Greedy choices of K among N tokens that several methods share. Of equally good tokens the first is taken; among
-what adds nothing any more, rounding decides in `coverage`.
+"""Greedy choices of K among N tokens that several methods share. Of equally good tokens the first is taken.
 
 A pick a step, and nothing in a step waits for the device or looks at tokens one by one. Where a step needs a row of a
 matrix of products, `Product` makes the row and not the matrix.
@@ -148,8 +147,8 @@ def coverage(
     """Facility location: each time the token j with the largest weight_j * sum_i max(0, s_ij - what already covers i).
 
     A pick changes the gains only through the rows that it covers better than all picks before, and these become few:
-    of random tokens 1 / k of all rows at pick k. What they lose is subtracted, in float64, so the picks are those of
-    the plain rule until everything is covered; what fills up behind is any.
+    of random tokens 1 / k of all rows at pick k. What they lose is subtracted. Sums are in float64, so the picks are
+    those of the plain rule computed there; what is left of a gain by rounding counts as nothing.
 
     Args:
         similarity_MN: how well token j covers what row i stands for.
@@ -165,12 +164,13 @@ def coverage(
     gain_N = torch.zeros_like(similarity_MN[0], dtype=torch.double)
     space_RN = torch.empty_like(similarity_MN[:block])  # once: taking memory anew costs more than what is done in it
     for part_RN in similarity_MN.split(block):
-        gain_N += torch.clamp(part_RN, min=0, out=space_RN[: len(part_RN)]).sum(dim=0)
+        gain_N += torch.clamp(part_RN, min=0, out=space_RN[: len(part_RN)]).sum(dim=0, dtype=torch.double)
     weight_N = torch.ones_like(gain_N) if weight_N is None else weight_N.double()
     free_N = torch.zeros_like(gain_N) if bonus_N is None else bonus_N.to(gain_N)  # -inf once it is picked
     picks: list[Tensor] = []
+    noise = 1e-12 * gain_N.max()
     for _ in range(count):
-        pick_1 = (weight_N * gain_N + free_N).argmax(dim=0, keepdim=True)
+        pick_1 = (weight_N * gain_N.where(gain_N > noise, 0) + free_N).argmax(dim=0, keepdim=True)
         picks.append(pick_1)
         free_N.index_fill_(0, pick_1, -torch.inf)
         seen_M = similarity_MN.index_select(1, pick_1)[:, 0]
@@ -179,8 +179,8 @@ def coverage(
             part_RN = torch.index_select(similarity_MN, 0, rows_R, out=space_RN[: len(rows_R)])
             torch.minimum(part_RN, new_R1, out=part_RN)
             torch.maximum(part_RN, old_R1, out=part_RN)
-            gain_N -= part_RN.sum(dim=0)
-            gain_N += old_R1.sum()
+            gain_N -= part_RN.sum(dim=0, dtype=torch.double)
+            gain_N += old_R1.sum(dtype=torch.double)
         covered_M = torch.maximum(covered_M, seen_M)
     return torch.cat(picks)
 

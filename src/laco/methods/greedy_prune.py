@@ -4,6 +4,7 @@ maximise sum_S w_i,    cos(v_i, v_j) <= tau for all i != j in S,    solved greed
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, Literal
 
 from torch.nn.functional import normalize
@@ -46,5 +47,7 @@ class GreedyPrune(Selector):
         query_D = signals.text[-1] if self.query == "last" else signals.text.float().mean(dim=0)
         unit_ND = normalize(signals.tokens.float(), dim=-1)
         saliency_N = unit_ND @ normalize(query_D.float(), dim=-1)
-        picks, _ = independent_set(saliency_N, gram(unit_ND), self.threshold, self.budget(signals.grid.tokens))
+        # No cosine is above 1, but as computed those of equal tokens are.
+        threshold = self.threshold if self.threshold < 1 else inf
+        picks, _ = independent_set(saliency_N, gram(unit_ND), threshold, self.budget(signals.grid.tokens))
         return Plan(picks.sort().values)

@@ -124,6 +124,8 @@ class IPCV(Reducer):
         kept_BK = torch.cat([place_BN[:, :prefix], chosen_BK.sort(dim=1).values], dim=1)
         removed_BR = removed_BR.sort(dim=1).values
 
+        if not self.strict_reference:  # what tokens have in common costs digits, as distances are made of products
+            x = x - x.mean(dim=1, keepdim=True)
         candidates = take(x, kept_BK)
         first_B11 = kept_BK.shape[1] * torch.arange(len(x), device=x.device)[:, None, None]
         if self.strict_reference:

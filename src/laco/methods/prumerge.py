@@ -60,8 +60,13 @@ class PruMerge(Selector):
     def plan(self, signals: Signals) -> Plan:
         attention_N, tokens = self.attention(signals), signals.grid.tokens
         if self.keep is None:
-            return self.at_ratio(signals, ratio := outlier_ratio(attention_N), int(tokens * ratio))
+            ratio = outlier_ratio(attention_N)
+            return self.at_ratio(signals, ratio, self.whole(tokens * ratio))
         return self.at_ratio(signals, (count := self.budget(tokens)) / tokens, count)
+
+    def whole(self, value: float) -> int:
+        """The whole number below; what binary fractions take away from one does not count, except for the reference."""
+        return int(value if self.strict_reference else round(value, 9))
 
     def attention(self, signals: Signals) -> Tensor:
         """(N,) attention of CLS to the patches, heads not split; without CLS what they receive from all."""
@@ -78,7 +83,7 @@ class PruMerge(Selector):
         tokens = len(attention_N)
         kept = attention_N.argsort(descending=True, stable=True)[:count]
         if self.grid and len(kept):
-            step, fixed = int(1 / ratio), self.strict_reference and self.keep is not None
+            step, fixed = self.whole(1 / ratio), self.strict_reference and self.keep is not None
             first, step = (step // 2, step) if fixed else (0, max(1, step // 3))
             spaced = torch.arange(first, tokens - 1, step, device=kept.device)
             kept = torch.cat([kept, spaced if fixed else spaced[~torch.isin(spaced, kept)]])

@@ -222,7 +222,7 @@ class LayerSignals:
     @property
     def saliency_BN(self) -> Tensor | None:
         """Attention of CLS, mean over heads; of encoders without CLS, attention received."""
-        return self.received if self.cls_attention is None else self.cls_attention.mean(dim=1)
+        return self.received if self.cls_attention is None else at_least_float32(self.cls_attention).mean(dim=1)
 
 
 class LayerTokens(NamedTuple):

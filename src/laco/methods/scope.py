@@ -48,7 +48,7 @@ class Scope(Selector):
 
     def picks(self, similarity_NN: Tensor, saliency_N: Tensor) -> Tensor:
         """(K,) what is kept, in the order of picking."""
-        count, saliency_N = self.budget(len(saliency_N)), saliency_N**self.alpha
+        count, saliency_N = self.budget(len(saliency_N)), saliency_N.double() ** self.alpha
         if self.combine == "multiply":
             return coverage(similarity_NN, count, saliency_N)
         return coverage(similarity_NN, count, bonus_N=saliency_N)

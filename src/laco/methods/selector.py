@@ -91,8 +91,9 @@ class Plan:
         """(N, C) -> (K, C), in the dtype of the tokens."""
         if self.weights is None:
             return x_NC[self.kept]
+        exact = torch.promote_types(x_NC.dtype, self.weights.dtype)
         with without_autocast(x_NC.device):
-            return (self.weights @ x_NC.to(self.weights.dtype)).to(x_NC.dtype)
+            return (self.weights.to(exact) @ x_NC.to(exact)).to(x_NC.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from laco.methods.base import MergerModule
 from laco.methods.decoder import DecoderMethod, DecoderSignals, highest
 from laco.methods.dpc_knn import averaging, density_peaks
 from laco.methods.selector import Plan
+from laco.precision import without_autocast
 
 # The authors' numbers of tokens for a picture of 576, by the mean over all layers, where a layer whose output is pruned
 # counts as pruned.
@@ -27,7 +28,8 @@ class SparseVLM(DecoderMethod):
     """Keeps the tokens that the raters attend to; a third of the others are clustered, and the means stand behind them.
 
     Args:
-        keep: kept after each point; in version 1, clusters come on top. `BUDGETS` has what the authors take.
+        keep: kept after each point; in version 1, clusters come on top. If left out, the authors' numbers for a mean of
+            192 of 576 tokens, by version; `as_settings` has their other ones.
         version: `1` recycles what is dropped. `plus` does not; instead it divides attention by what rotary embedding
             alone gives to two tokens at such a distance, and takes only some heads.
         heads: that `plus` takes, as count or fraction: those whose raters look most at visual tokens.
@@ -52,11 +54,13 @@ class SparseVLM(DecoderMethod):
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "memory"})
     default_depths: ClassVar[tuple[float, ...]] = (3 / 32, 7 / 32, 16 / 32)
 
-    keep: int | float | tuple[int | float, ...] = (300 / 576, 200 / 576, 110 / 576)
+    keep: int | float | tuple[int | float, ...] | None = None  # type: ignore[assignment]
     version: Literal["1", "plus"] = "1"
     heads: int | float = 14 / 32
 
     def __post_init__(self) -> None:
+        if self.keep is None:
+            object.__setattr__(self, "keep", as_settings(192, self.version)["keep"])
         super().__post_init__()
         if self.heads <= 0 or (isinstance(self.heads, float) and self.heads > 1):
             raise LacoError(f"sparsevlm: heads is a count, 1 or more, or a fraction in (0, 1]; got {self.heads}")
@@ -79,7 +83,8 @@ class SparseVLM(DecoderMethod):
         if signals.embeddings is None or not len(text):
             raise LacoError("sparsevlm needs embeddings and, behind the visual tokens, text: words that rate them")
         v_ND, t_TD = signals.embeddings[signals.visual].float(), signals.embeddings[text].float()
-        mean_T = (v_ND @ t_TD.T).softmax(dim=1).mean(dim=0)
+        with torch.no_grad(), without_autocast(text.device):
+            mean_T = (v_ND @ t_TD.T).softmax(dim=1).mean(dim=0)
         above_T = mean_T > mean_T.mean()
         return (above_T if above_T.any() else torch.ones_like(above_T)).nonzero().flatten()
 

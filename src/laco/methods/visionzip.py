@@ -54,7 +54,7 @@ class VisionZip(Selector):
         saliency_N = signals.saliency("sum")
         chosen = torch.zeros(total, dtype=torch.bool, device=saliency_N.device)
         chosen[:prefix] = True
-        chosen[prefix + saliency_N.topk(dominant).indices] = True
+        chosen[prefix + saliency_N.argsort(descending=True, stable=True)[:dominant]] = True
         rest = (~chosen).nonzero().flatten()
         targets, group = contextual_groups(cosines(signals.keys.float().mean(dim=1)), rest, contextual)
         kept = torch.cat([chosen.nonzero().flatten(), targets])

@@ -1,6 +1,7 @@
 """Selectors behind the vision encoder."""
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -156,7 +157,7 @@ def prumerge_plus(case: Case) -> Outputs:
 
 def prumerge(case: Case, grid: bool = False) -> Outputs:
     hyper, rows = case.hyper, zip(case["hidden"], case["q"], case["k"], strict=True)
-    fixed = any(words in case.variant for words in ("non-adaptive", "not adaptive", "adaptive=False"))
+    fixed = re.search(r"(non-?|not |no )adaptive|adaptive\W*(false|off|no)\b", case.variant, re.IGNORECASE)
     adaptive = "adaptive" in case.variant and not fixed
     method = PruMerge(keep=None if adaptive else hyper["M"], grid=grid, strict_reference=True)
     pictures = [Signals(grid=line(len(x) - 1), features=x, queries=q[:, None], keys=k[:, None]) for x, q, k in rows]
