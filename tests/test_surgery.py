@@ -9,7 +9,14 @@ from typing import ClassVar
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import AutoConfig, BertConfig, BertModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import laco
 import tiny
@@ -371,4 +378,27 @@ def test_a_refused_method_leaves_the_model_as_it_was():
     before = state_of(model, processor)
     with pytest.raises(laco.LacoError, match="last point can be 1; got 3"):
         laco.compress(model, processor, laco.methods.PyramidDrop())
+    assert state_of(model, processor) == before
+
+
+def test_a_model_that_shares_its_configuration_with_another_gets_its_own():
+    teacher, _ = tiny.llava()
+    before = teacher.config.to_dict()
+    student = AutoModelForImageTextToText.from_config(teacher.config)
+    for method in (laco.AveragePool(layer=2), laco.FastV(layer=1)):
+        laco.compress(student, None, method)
+    assert teacher.config.to_dict() == before
+    assert type(teacher.config) is LlavaConfig
+    assert student.config.vision_config is student.model.vision_tower.config
+    assert student.config.text_config is student.model.language_model.config
+
+
+@pytest.mark.parametrize(
+    "method", [laco.LaCo(layer=1, factor=7), laco.AveragePool(factor=7)], ids=["inside", "outside"]
+)
+def test_windows_larger_than_the_grid(method):
+    model, processor = tiny.llava()
+    before = state_of(model, processor)
+    with pytest.raises(laco.LacoError, match="windows of 7 x 7 tokens are larger than the grid of 6 x 6"):
+        laco.compress(model, processor, method)
     assert state_of(model, processor) == before

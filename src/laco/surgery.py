@@ -8,6 +8,7 @@ were.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -134,6 +135,7 @@ def set_compression(model: PreTrainedModel, processor: ProcessorMixin | None, co
     """Makes a model have exactly this compression, in place; what it has of it already keeps its parameters."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise LacoError("the model is spread over devices; compress or decompress it before dispatching it")
+    own_configuration(model)
     family, config = family_of(model), model.config
     steps = sorted(compression.steps, key=lambda step: step.layer)
     compression = replace(compression, steps=steps)
@@ -154,6 +156,15 @@ def set_compression(model: PreTrainedModel, processor: ProcessorMixin | None, co
     family.set_classes(model, compression)
     if processor is not None:
         family.set_processor(processor, model.config)
+
+
+def own_configuration(model: PreTrainedModel) -> None:
+    """A copy of its configuration for a model, in place: others may share it, which stay as they are."""
+    copies: dict[int, Any] = {}
+    deepcopy(model.config, copies)
+    for module in model.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            module.config = copies.get(id(config), config)
 
 
 def new_encoder(old: Any, family: Family, config: PreTrainedConfig, compression: Compression) -> Any:

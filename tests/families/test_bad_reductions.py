@@ -11,6 +11,7 @@ import laco
 import tiny
 from families.matrix import NONE, ONE, built
 from laco.families import family_of
+from laco.families.compat import TAKES_FEATURES
 from laco.methods import Method, Plan, registry
 
 
@@ -176,3 +177,70 @@ def test_video_methods_on_still_pictures(name):
 def test_layers_past_the_end():
     with pytest.raises(laco.LacoError, match=r"fastv drops tokens between layers .* last point can be 1; got 2"):
         compressed("llava-siglip", laco.FastV(layer=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llava-siglip", laco.FastV(layer=1)),
+        ("llava-siglip", laco.DivPrune()),
+        ("llava-siglip", laco.EViT()),
+        ("internvl-internvit", laco.ToMe(r=2)),
+        ("qwen2_5_vl-qwen2_5_vl", laco.LaCo(layer=2)),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_numbers_that_are_none_are_not_taken_for_tokens_that_were_dropped(name, method):
+    model, processor = compressed(name, method)
+    batch = tiny.CASES[name].inputs(processor, ONE)
+    batch["pixel_values"] = batch["pixel_values"] * torch.nan
+    with pytest.raises(laco.LacoError, match="puts out NaN"), torch.no_grad():
+        model(**batch)
+
+
+def test_text_that_is_no_number_is_not_dropped():
+    model, processor = compressed("llava-siglip", laco.DivPrune())
+    batch = tiny.CASES["llava-siglip"].inputs(processor, ONE)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batch["input_ids"][0, -1]] = torch.nan
+    with pytest.raises(laco.LacoError, match="embeddings of text are NaN"):
+        model(**batch)
+
+
+def test_labels_that_begin_before_a_picture():
+    """Up to where a method reads there would be nothing to drop: training without compression, unnoticed."""
+    name, method = "llava-siglip", laco.FastV(keep=0.4, layer=1)
+    model, processor = compressed(name, method)
+    batch = tiny.CASES[name].inputs(processor, ("see <image> what is it? yes", ONE[1]))
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    with pytest.raises(laco.LacoError, match="fastv reads a prompt up to the first answer, but labels begin before"):
+        model(**batch, labels=labels)
+    labels[:, :-4] = -100
+    held = model(**batch, labels=labels, use_cache=True).past_key_values.layers[-1].keys.shape[-2]
+    assert held < batch["input_ids"].shape[1]
+    model, processor = compressed(name, laco.CDPruner(keep=0.4))
+    batch = tiny.CASES[name].inputs(processor, ("see <image> what is it? yes", ONE[1]))
+    with pytest.raises(laco.LacoError, match=r"cdpruner needs text, but .* not labelled as an answer"):
+        model(**batch, labels=batch["input_ids"])
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="chunks of prompts with pictures are newer")
+@pytest.mark.parametrize("method", [laco.FastV(layer=1), laco.FlexSelect()], ids=lambda x: x.name)
+def test_a_prompt_that_is_read_in_chunks(method):
+    model, processor = compressed("internvl-internvit", method)
+    batch = tiny.CASES["internvl-internvit"].inputs(processor, (f"{ONE[0]} or not?", ONE[1]))
+    with pytest.raises(laco.LacoError, match=f"{method.name} chooses by a whole prompt, which prefill_chunk_size"):
+        model.generate(**batch, max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_a_placeholder_that_is_generated_is_a_word_like_others():
+    class Forced:
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, model.config.image_token_id] = 0
+            return forced
+
+    model, processor = compressed("llava-siglip", laco.FastV(keep=14, layer=1))
+    batch = tiny.CASES["llava-siglip"].inputs(processor, (f"{ONE[0]} or not?", ONE[1]))
+    out = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, pad_token_id=0, logits_processor=[Forced()])
+    assert (out[0, -3:] == model.config.image_token_id).all()

@@ -197,3 +197,13 @@ def test_text_behind_the_pictures_is_needed():
 
 def test_every_family_is_tried():
     assert {name for name in VIDEOS if tiny.CASES[name].videos} <= set(CASES)
+
+
+def test_flexselect_in_a_compiled_model():
+    """The pass that scores ends before the last layers, which no graph can."""
+    name = "llava-siglip"
+    model, processor = reduced(name, FlexSelect(keep=0.4))
+    batch = tiny.CASES[name].inputs(processor, (f"{ONE[0]} or not?", ONE[1]))
+    wanted = last_logits(model, batch)
+    torch.compiler.reset()
+    torch.testing.assert_close(last_logits(torch.compile(model, backend="eager"), batch), wanted)

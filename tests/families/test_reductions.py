@@ -1,5 +1,6 @@
 """Methods behind the encoder and inside the language model, in every family that takes them."""
 
+import pickle
 from copy import deepcopy
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_a_compiled_model(kind):
     wanted = last_logits(model, batch)
     torch.compiler.reset()
     torch.testing.assert_close(last_logits(torch.compile(model, backend="eager"), batch), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llava-siglip", laco.DivPrune(keep=0.4)),
+        ("internvl-internvit", laco.FastV(layer=1)),
+        ("qwen2_5_vl-qwen2_5_vl", laco.LaCo(layer=2)),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_a_model_is_pickled(name, method):
+    model, processor = reduced(name, method)
+    batch = tiny.CASES[name].inputs(processor, ONE)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(last_logits(again, batch), last_logits(model, batch))
 
 
 @every_case

@@ -319,6 +319,23 @@ def test_positions_of_ones_own_in_m_rope_are_refused():
         model(**batch, position_ids=place.expand(3, 1, -1))
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl-qwen2_5_vl", "qwen3_vl-qwen3_vl"])
+def test_other_ways_to_generate_with_m_rope(name):
+    """Candidates behind the prompt, a picture at its end without a cache; and what cannot be says so."""
+    model, processor, _ = compressed(name, laco.DivPrune(keep=0.4))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    batch = tiny.CASES[name].inputs(processor, ("hello <image> what is this? this this", ONE[1]))
+    wanted = model.generate(**batch, **settings)
+    assert torch.equal(model.generate(**batch, **settings, prompt_lookup_num_tokens=3), wanted)
+    ended = tiny.CASES[name].inputs(processor, ("what is <image>", ONE[1]))
+    assert torch.equal(model.generate(**ended, **settings, use_cache=False), model.generate(**ended, **settings))
+    with pytest.raises(laco.LacoError, match="with a dynamic cache alone"):
+        model.generate(**batch, **settings, cache_implementation="static")
+    embedded = {"inputs_embeds": model.get_input_embeddings()(batch.pop("input_ids")), **batch}
+    with pytest.raises(laco.LacoError, match="generate needs input_ids"):
+        model.generate(**embedded, **settings)
+
+
 @pytest.mark.skipif(not TAKES_FEATURES, reason="chunks of prompts with pictures are newer")
 def test_prefill_in_chunks_is_refused():
     model, processor, its = compressed("llava-siglip", laco.DivPrune(keep=0.3))

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import laco
 import tiny
-from families.matrix import ONE
+from families.matrix import ONE, built
 from families.test_glimpse_prune import deep
 from laco.families.reduction import computed_columns, kept_columns
 
@@ -72,6 +72,54 @@ def test_text_behind_a_picture_is_cut_off(method):
     assert longer.get_seq_length() == past.get_seq_length()
     want = read(model, {"input_ids": MORE}, past).logits
     torch.testing.assert_close(read(model, {"input_ids": MORE}, longer).logits, want)
+
+
+ENDING = "USER: <image>"
+ENDED = {
+    **{f"{name}, div_prune": (name, [METHODS["div_prune"]]) for name in (NAME, "internvl-internvit")},
+    **{f"{name}, renumbered": (name, [METHODS["renumbered"]]) for name in (NAME, "qwen2_5_vl-qwen2_5_vl")},
+    "qwen2_5_vl-qwen2_5_vl, div_prune": ("qwen2_5_vl-qwen2_5_vl", [METHODS["div_prune"]]),
+    "evit": (NAME, [laco.EViT(keep=0.5)]),
+    "visionzip": ("llava-clip", [laco.VisionZip(keep=0.4)]),
+}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["short", "full"])
+@pytest.mark.parametrize(("name", "methods"), ENDED.values(), ids=ENDED)
+@torch.no_grad()
+def test_a_question_behind_a_cache_that_ends_with_a_picture(name, methods, full):
+    """Also where the picture's last tokens were dropped, the question stands where it does when all is read at once."""
+    model, processor = built(name, "stock")
+    its = deepcopy(processor)
+    model, processor = deepcopy((model, processor))
+    torch.manual_seed(1)
+    for method in methods:
+        laco.compress(model, processor, method)
+    tiny.scramble(model)
+    for seed in range(4):
+        first, whole = (
+            {
+                key: x
+                for key, x in tiny.CASES[name].inputs(its if full else processor, prompt).items()
+                if "mask" not in key
+            }
+            for prompt in ((ENDING, [tiny.picture(seed)]), (f"{ENDING} what is it? ASSISTANT:", [tiny.picture(seed)]))
+        )
+        past = model(**first, use_cache=True).past_key_values
+        question = whole["input_ids"][:, first["input_ids"].shape[1] :]
+        got = model(input_ids=question, past_key_values=past).logits[:, -1]
+        torch.testing.assert_close(got, model(**whole).logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [METHODS["div_prune"], METHODS["renumbered"]], ids=lambda x: x.positions)
+def test_generating_behind_a_picture_with_and_without_a_cache(method):
+    model, processor = compressed(method)
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    for seed in range(3):
+        batch = turn(processor, (ENDING, [tiny.picture(seed)]))
+        cached, anew = (torch.stack(model.generate(**batch, **settings, use_cache=use).logits) for use in (True, False))
+        torch.testing.assert_close(cached, anew, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [METHODS["renumbered"], METHODS["flexselect"]], ids=lambda x: x.name)

@@ -203,6 +203,8 @@ class ReducingVisionModel(PreTrainedModel):
         state, unmerge, before = states[-1], config.reducer_unmerge, len(self.layers) - len(states)
         if unmerge and (state.slot_BS == state.size_BN.shape[1]).any():
             raise LacoError(JOINED.format(config.reducing_method.name))
+        if outputs.last_hidden_state.isnan().any():  # which from here on means that a token is not there
+            raise LacoError("the vision encoder puts out NaN")
         outputs.last_hidden_state = on_full_grid(outputs.last_hidden_state, state, unmerge)
         if outputs.get("hidden_states") is not None:  # the first is what enters layer 0
             outputs.hidden_states = outputs.hidden_states[: before + 1] + tuple(

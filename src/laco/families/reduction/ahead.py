@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from laco.families.reduction.hooks import hooked
@@ -16,6 +17,7 @@ class Reached(Exception):
         self.x_BKD, self.kwargs = x_BKD, kwargs
 
 
+@torch.compiler.disable  # what ends the pass is no part of a graph
 def run_up_to(model: Any, number: int, entry: Entry) -> Reached:
     """What enters the layer with this number, from 0; nothing behind it is computed."""
 

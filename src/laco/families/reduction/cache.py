@@ -22,8 +22,7 @@ class ReducedCacheLayer(DynamicLayer):
     Attributes:
         columns_BK: which token of the sequence each entry is; -1 = padding.
         computed_BK: the same of all that the layer has computed, also of entries that were taken out again.
-        moved_BL: by how much the position of each token that was read is lower than in the full sequence; of one that
-            was dropped, as of the token before it.
+        moved_BL: by how much the position of what follows each token that was read is lower than in the full sequence.
         counts_entries: whether `get_seq_length` says how many tokens are held, instead of `read`.
     """
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laco.errors import LacoError
 from laco.families.encoders.reducing import ReducingLayer
 from laco.families.reduction.hooks import hooked
 from laco.families.reduction.lesson import LESSON, Taught
@@ -25,6 +26,8 @@ def around_missing(projector: nn.Module) -> Iterator[None]:
         return (args[0].masked_fill(missing[-1], 0), *args[1:]), kwargs
 
     def leave(_: Any, __: Any, ___: Any, out: Tensor) -> Tensor:
+        if (out.isnan().any(dim=-1, keepdim=True) & ~missing[-1]).any():
+            raise LacoError("the vision encoder or the projector puts out NaN")
         return out.masked_fill(missing.pop(), torch.nan)
 
     with hooked(projector, enter, leave):

@@ -8,7 +8,7 @@ A method that also clears the caches of the layers before (`rewrites_cache`) hid
 what was dropped. Where prompt and answers are read in one call, its choice is made in a first pass over these layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from laco.families.reduction.ahead import run_up_to
 from laco.families.reduction.beside import BringsToken, TokenBeside
 from laco.families.reduction.cache import ReducedCacheLayer
 from laco.families.reduction.hooks import Tap, tapped
-from laco.families.reduction.kept import Entry, Kept, kept_mask, renumbered
+from laco.families.reduction.kept import Entry, Kept, kept_mask, largest, renumbered
 from laco.families.reduction.lesson import LESSON, Lesson, Taught
 from laco.families.reduction.projections import at, queries_keys
 from laco.families.reduction.prompt import Prompt, Shown, seen_pairs
@@ -42,6 +42,9 @@ class DroppingLayer(nn.Module):
     number: int
     self_attn: Any
     mlp: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # by the name of its class pickle finds the stock one
+        return new, (dropping, self._laco_stock), vars(self)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Once, however often a checkpoint computes `forward` anew.
@@ -68,6 +71,12 @@ class DroppingLayer(nn.Module):
             out = super().forward(hidden_states, *args, **kwargs)
         reduction.observe(self.number, [attention, mlp])
         return out
+
+
+def new(kinds: Callable[[Any], Any], stock: type) -> Any:
+    """An object of a class that one of `kinds` makes of the stock one, still empty."""
+    kind = kinds(stock)
+    return kind.__new__(kind)
 
 
 @cache
@@ -246,11 +255,14 @@ class Run:
             before_B = self.moved_before(stage)
             given = pick(self.position_ids[..., None], self.kept[0].slots(kept.columns_BK))[..., 0]
             now = given - before_B[:, None]
-            if stage and self.prompt is not None and self.method.positions == "renumber":
+            renumbers = stage and self.prompt is not None and self.method.positions == "renumber"
+            if renumbers:
                 by_token = renumbered(now.movedim(-2, 0).movedim(-1, 1), kept.real_BK)
                 now = by_token.movedim(1, -1).movedim(0, -2)
-            moved_BK = (given - now).view(-1, *given.shape[-2:])[-1]  # of M-RoPE any axis
-            self.places[stage] = now, self.entry_moved_BL + kept.spread(moved_BK)
+            moved_BL = kept.spread((given - now).view(-1, *given.shape[-2:])[-1])  # of M-RoPE any axis
+            if renumbers:  # the last tokens may have been dropped
+                moved_BL[:, -1] = largest(self.position_ids) - largest(now)
+            self.places[stage] = now, self.entry_moved_BL + moved_BL
         return self.places[stage]
 
     def moved_at(self, number: int) -> Tensor:

@@ -81,6 +81,11 @@ def renumbered(position_BK: Tensor, real_BK: Tensor) -> Tensor:
     return out
 
 
+def largest(position_ids: Tensor) -> Tensor:
+    """(B,) of positions (B, L), or (3 or 4, B, L) of M-RoPE. The next token has the number after it."""
+    return position_ids.reshape(-1, *position_ids.shape[-2:])[-3:].amax(dim=(0, 2))
+
+
 def kept_mask(mask: Any, kept: Kept, past: ReducedCacheLayer | None, read: int) -> Tensor:
     """The attention mask of what stays: (B, held + K), or (B, 1, K, K) of one in four dimensions.
 
@@ -121,8 +126,7 @@ class Entry(NamedTuple):
     Args:
         kept: those.
         arguments: of its forward.
-        moved_BL: by how much the position of each token is lower than in the full sequence; of one that does not enter,
-            as of the token before it.
+        moved_BL: by how much the position of what follows each token is lower than in the full sequence.
     """
 
     kept: Kept
@@ -172,14 +176,18 @@ def entry(
         others["visual_pos_masks"] = kept.take(visual, False)
         rows = keep_BL[visual]
         others["deepstack_visual_embeds"] = [level[rows] for level in others["deepstack_visual_embeds"]]
+    placed_now = now.movedim(1, -1).movedim(0, -2)
+    moved_BL = kept.spread((given - now).reshape(*kept.columns_BK.shape, -1)[..., -1])  # of M-RoPE any axis
+    if positions == "renumber":  # the last tokens may have been dropped
+        moved_BL[:, -1] = largest(position_ids) - largest(placed_now)
     arguments = {
         **others,
         "inputs_embeds": kept.take(inputs_embeds, inputs_embeds.new_zeros(())),
         "attention_mask": mask,
-        "position_ids": now.movedim(1, -1).movedim(0, -2),
+        "position_ids": placed_now,
         "one_text": True,
     }
-    return Entry(kept, arguments, kept.spread((given - now).reshape(*kept.columns_BK.shape, -1)[..., -1]))
+    return Entry(kept, arguments, moved_BL)
 
 
 def placed(position_ids: Tensor | None, read: int, keep_BL: Tensor) -> Tensor:

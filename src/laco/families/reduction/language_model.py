@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from laco.errors import LacoError
 from laco.families.encoders.base import reset_compressor
 from laco.families.reduction.cache import ReducedCacheLayer, check_cache, counting_entries, reduce_cache
-from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns
+from laco.families.reduction.decoder import DroppingLayer, Run, dropping, learns, new
 from laco.families.reduction.kept import Entry, Kept, entry
 from laco.families.reduction.lesson import LESSON
 from laco.families.reduction.prompt import PROMPT
@@ -38,6 +39,9 @@ class ReducedLanguageModel(PreTrainedModel):
     _laco_stock: ClassVar[type]
     methods: tuple[Method, ...] = ()
     layers: nn.ModuleList
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # by the name of its class pickle finds the stock one
+        return new, (extended, self._laco_stock), vars(self)
 
     @property
     def selector(self) -> Selector | None:
@@ -80,12 +84,17 @@ class ReducedLanguageModel(PreTrainedModel):
         assert inputs_embeds is not None
         batch, length = inputs_embeds.shape[:2]
         prompt = PROMPT.get()
-        if prompt is not None and (prompt.ids_BL.shape != (batch, length) or not prompt.visual_BL.any()):
+        if prompt is not None and prompt.ids_BL.shape != (batch, length):
+            prompt = None
+        visual_BL = None if prompt is None else prompt.visual_BL
+        if prompt is not None and not prompt.visual_BL.any():
             prompt = None
         if isinstance(self.selector, QuestionSelector) and prompt is not None:
             check_cache(past_key_values)
             inputs_embeds = without_rest(self, prompt, inputs_embeds, attention_mask, position_ids, kwargs)
         keep_BL = ~inputs_embeds[..., 0].isnan()
+        if visual_BL is not None and not (keep_BL | visual_BL).all():
+            raise LacoError("the embeddings of text are NaN")
         if (short := SHORT.get()) is not None:
             keep_BL = keep_BL & ~short.padding_BL
         first = past_key_values.layers[0] if past_key_values is not None and past_key_values.layers else None
@@ -151,8 +160,9 @@ class ReducedLanguageModel(PreTrainedModel):
                 stage, there = now, kept if run is None else run.kept_at(index)
                 columns_BK = numbered(there, outside, short, read)
                 moved = entered.moved_BL if run is None else run.moved_at(index)
-                if short is not None:
-                    moved = moved.gather(1, outside.columns_BK) - short.gained(outside.columns_BK)
+                if short is not None:  # what follows a token counts: of its picture, more may have been dropped there
+                    behind = short.behind(outside.columns_BK)
+                    moved = moved.gather(1, behind - 1) - (short.gained(behind) - 1)
             layer.extend(columns_BK, moved)
             if there is not end and self.method is not None and self.method.rewrites_cache:
                 last_BK = numbered(end, outside, short, read)

@@ -15,6 +15,7 @@ from laco.errors import LacoError
 from laco.families.compat import handed_features
 from laco.families.encoders import encoder_of
 from laco.families.reduction.decisions import around_missing, teaching_reducer
+from laco.families.reduction.decoder import learns
 from laco.families.reduction.hooks import tapped
 from laco.families.reduction.language_model import extend
 from laco.families.reduction.layout import Choice, laid_out, starts
@@ -105,7 +106,10 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
             if known:
                 prompt = prompt_of(self, ids_BL, given.get("attention_mask"))
                 handed = self.handed(given).values()
+                if not handed and all(given.get(name) is None for name in PICTURES):
+                    prompt.visual_BL.zero_()  # a placeholder that was generated is a word like others
                 prompt.encoded.extend(features.encoded for features in handed if hasattr(features, "encoded"))
+                self.check_labels(prompt)
                 stack.enter_context(within(PROMPT, prompt))
             stack.enter_context(within(SHORT, short))
             return super().forward(**given)
@@ -118,6 +122,22 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
         prompt, embeds_BLD = PROMPT.get(), given.get("inputs_embeds")
         if prompt is None or embeds_BLD is None or prompt.ids_BL.shape != embeds_BLD.shape[:2]:  # else of `generate`
             raise LacoError(f"{asking[0].name} needs the question: give the model pictures and input_ids together")
+
+    def check_labels(self, prompt: Prompt) -> None:
+        """Raises `LacoError` where a method inside the language model would leave a picture as it is, as it reads no
+        further than to the first answer.
+        """
+        method = self.config.decoder_method
+        if method is None or method.reads_answers or not isinstance(ANSWERS.get(), Tensor):
+            return
+        if learns(method, self.pictures.language_model(self)):
+            return
+        columns_L = torch.arange(prompt.ids_BL.shape[1], device=prompt.ids_BL.device)
+        if (prompt.visual_BL & (columns_L >= prompt.end_B[:, None])).any():
+            raise LacoError(
+                f"{method.name} reads a prompt up to the first answer, but labels begin before a picture does: set all"
+                " labels but those of answers to -100, and let pictures stand before the first answer"
+            )
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.encode(super().get_image_features, args, kwargs, video=False)  # type: ignore[misc]
@@ -136,7 +156,10 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
         mapped = map_layers(pictures.encoder(self), self.config.decoder_method)
         if (selector is None and not mapped) or PASSING.get():
             with self.reducing():
-                return run(*args, **kwargs)
+                outputs = run(*args, **kwargs)
+            if not PASSING.get() and hasattr(outputs, "pooler_output"):
+                self.check_numbers(pictures.tokens(self, outputs.pooler_output))
+            return outputs
         inputs = named(run, args, kwargs)
         as_dict = kwargs.pop("return_dict", None)
         needed = set() if selector is None else set(selector.needs)
@@ -151,8 +174,7 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
             stack.enter_context(within(PASSING, True))
             outputs = run(*args, **kwargs, return_dict=True)
         tokens = pictures.tokens(self, outputs.pooler_output)
-        if any(row.isnan().any() for row in tokens) and selector is not None:
-            raise LacoError("the vision encoder or the projector puts out NaN")
+        self.check_numbers(tokens)
         lengths = [len(row) for row in tokens]
         views = pictures.views(self, lengths, inputs, video)
         if selector is None or isinstance(selector, QuestionSelector):
@@ -182,6 +204,13 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
         if (levels := getattr(outputs, "deepstack_features", None)) is not None:
             outputs.deepstack_features = [self.laid_out_level(level, choices, lengths) for level in levels]
         return outputs.to_tuple() if as_dict is False else outputs
+
+    def check_numbers(self, tokens: Sequence[Tensor]) -> None:
+        """Raises `LacoError` where tokens are NaN, which none are yet but those that a reducer drops."""
+        if getattr(self.pictures.encoder(self).config, "reducer", None) and self.pictures.by_token:
+            return  # `on_full_grids` and `around_missing` look at the others
+        if any(row.isnan().any() for row in tokens):
+            raise LacoError("the vision encoder or the projector puts out NaN")
 
     def laid_out_level(self, level: Any, choices: Sequence[Sequence[Choice]], lengths: Sequence[int]) -> Any:
         """Features of one layer for DeepStack; before transformers 5.18, of all pictures in one tensor."""
@@ -229,7 +258,9 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
             prefix = 0
         text = None if owner is None else owner[0].text(owner[1]).detach()
         if text is not None and not len(text):
-            raise LacoError(f"{selector.name} needs text, but the prompt has none beside its pictures")
+            labelled = isinstance(ANSWERS.get(), Tensor)
+            none = "none beside its pictures" + (" that is not labelled as an answer" if labelled else "")
+            raise LacoError(f"{selector.name} needs text, but the prompt has {none}")
         detached = {name: value.detach() for name, value in seen.items()}
         signals = Signals(grid=view.grid, tokens=tokens[view.rows].detach(), text=text, **detached)
         plan = selector(signals, self.pictures.language_model(self).trained_module("selector"))
@@ -282,8 +313,16 @@ class ReducedForConditionalGeneration(KeepsSignatures, PreTrainedModel, Generati
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        body: Any = self.base_model
+        pictures = any(model_kwargs.get(name) is not None for name in PICTURES)
+        if generation_config.prefill_chunk_size is not None and pictures:
+            for method in body.config.reductions:
+                if isinstance(method, DecoderMethod | QuestionSelector):
+                    raise LacoError(
+                        f"{method.name} chooses by a whole prompt, which prefill_chunk_size lets the model read in"
+                        " parts; leave it out"
+                    )
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("mm_encoder_outputs"):
-            body: Any = self.base_model
             _, short = body.encoded_first(input_ids, dict(model_kwargs), ExitStack())
             if short is not None:
                 raise LacoError(

@@ -76,6 +76,10 @@ class Short:
         given_l = torch.arange(column_Bl.shape[1], device=column_Bl.device)
         return column_Bl - self.padding_BL.sum(dim=1, keepdim=True) - given_l
 
+    def behind(self, column_Bl: Tensor) -> Tensor:
+        """(B, l) where what follows each token, in these columns, begins: for the last, past the end."""
+        return pad(column_Bl[:, 1:], (0, 1), value=self.source_BL.shape[1])
+
     # From the prompt as given to the full one.
 
     def full(self, x_Bl: Tensor, padding: Any) -> Tensor:

@@ -46,7 +46,7 @@ class TakesShortMRope(TakesShortPrompts):
         """(3, B, L) for the full prompt, or (4, B, L) with plain ones before; None where the model is to make them.
 
         Raises:
-            LacoError: those that are given are not the model's own.
+            LacoError: those that are given are not the model's own, or nothing says how large pictures are.
         """
         if (position_ids := given.get("position_ids")) is None:
             return None
@@ -54,6 +54,8 @@ class TakesShortMRope(TakesShortPrompts):
         grids, beams = grids_of(given), 1
         if outer is not None and outer.grids:  # `generate` has them
             grids, beams = dict(outer.grids), len(ids_Bl) // len(outer.ids_BL)
+        if not grids:  # nor do embeddings tell of which prompt they are
+            raise LacoError("generate needs input_ids, not inputs_embeds alone, where a method drops visual tokens")
         if mask is not None:
             mask = mask[:, -ids_Bl.shape[1] :]
         if (kinds_Bl := given.get("mm_token_type_ids")) is None:
@@ -64,6 +66,8 @@ class TakesShortMRope(TakesShortPrompts):
         positions_3BL = self.full_rope_index(each, {**mine, **grids})[0].repeat_interleave(beams, dim=1)
 
         text_Bl = kinds_Bl == 0 if mask is None else (kinds_Bl == 0) & mask.bool()
+        if outer is not None:  # behind the prompt `generate` counts on from its last token, also where that is visual
+            text_Bl[:, outer.ids_BL.shape[1] :] = False
         first_B1 = text_Bl.int().argmax(dim=1, keepdim=True)
         wanted_3Bl = outside(short, positions_3BL)
         given_3Bl = position_ids[-3:] if position_ids.ndim == 3 else position_ids.expand_as(wanted_3Bl)

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from laco.families.compat import given_features, handed_features
+from laco.families.reduction.cache import check_cache
 from laco.families.reduction.pictures import Pictures
 from laco.families.reduction.prompt import ANSWERS, PROMPT, prompt_of, within
 from laco.families.reduction.short import Short
@@ -129,7 +131,12 @@ class TakesShortPrompts(PreTrainedModel):
 
     def lengthened(self, short: Short, ids_Bl: Tensor, given: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
         """The arguments of a call for the full prompt."""
-        mask, answers, full = given.get("attention_mask"), ANSWERS.get(), dict(given)
+        mask, answers = given.get("attention_mask"), ANSWERS.get()
+        if isinstance(mask, dict):  # made ready for a static cache
+            check_cache(given.get("past_key_values"))
+        if (kinds_Bl := given.get("mm_token_type_ids")) is not None:  # of the prompt, behind which candidates may stand
+            given = {**given, "mm_token_type_ids": pad(kinds_Bl, (0, ids_Bl.shape[1] - kinds_Bl.shape[1]))}
+        full = dict(given)
         for name, padding in (("input_ids", self.padding), ("mm_token_type_ids", 0), ("inputs_embeds", 0)):
             if given.get(name) is not None:
                 full[name] = short.full(given[name], padding)
