@@ -139,6 +139,27 @@ def test_compress_does_not_overwrite_unless_forced(run, refused, talker_director
     assert (small / "diary.odt").exists()
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_compress_does_not_destroy_what_it_reads(refused, talker_directory, tmp_path, force):
+    (tmp_path / "link").symlink_to(talker_directory)
+    before = {path.name: path.read_bytes() for path in talker_directory.iterdir()}
+    for model, output in (
+        (talker_directory, talker_directory),
+        (talker_directory, tmp_path / "link"),
+        (tmp_path / "link", talker_directory),
+    ):
+        assert "is the model that is read" in refused("compress", model, "-o", output, *force)
+    assert {path.name: path.read_bytes() for path in talker_directory.iterdir()} == before
+
+
+def test_compress_does_not_replace_what_is_no_model(refused, talker_directory, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.md").write_text("precious")
+    err = refused("compress", talker_directory, "-o", tmp_path / "work", "--force")
+    assert "work holds no saved model, but thesis.md" in err
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.md"]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -322,6 +343,42 @@ def test_train_writes_where_it_is_told(run, talker_directory, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.yaml"]
 
 
+def test_a_finished_training_is_replaced_only_if_that_is_asked_for(
+    run, refused, talker_directory, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    stage = "{name: a, steps: 1, batch_size: 2, lr: 1.0e-4}"
+    (tmp_path / "r.yaml").write_text(f"output: out\nmodel: {talker_directory}\nstages: [{stage}]\n")
+    assert not run("train", "r.yaml", "--json")[0]
+    trained = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    err = refused("train", "r.yaml")
+    assert "out holds a model already; give another output, or --restart to train it anew" in err
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == trained
+    code, _, err = run("train", "r.yaml", "--restart", "--json")
+    assert not code, err
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > trained
+    checkpoint = tmp_path / "out.run" / "00-a" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)  # a run that was to replace it, and was stopped, goes on
+    assert not run("train", "r.yaml", "--json")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [((), "the same command goes on"), (("--restart",), "the same command without --restart goes")]
+)
+def test_an_interrupted_training_says_how_to_go_on(run, talker_directory, tmp_path, monkeypatch, options, said):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "r.yaml").write_text(
+        f"output: {tmp_path / 'out'}\nmodel: {talker_directory}\nstages: [{{name: a, steps: 1, lr: 1}}]\n"
+    )
+    monkeypatch.setattr("laco.train.train", interrupt)
+    code, _, err = run("train", tmp_path / "r.yaml", *options)
+    assert code == 130
+    assert err.startswith(f"laco: stopped; {said}")
+    assert err.count("\n") == 1
+
+
 def test_bad_recipes(refused, tmp_path):
     assert "there is no recipe" in refused("train", tmp_path / "none.yaml")
     recipe = tmp_path / "r.yaml"
@@ -353,6 +410,12 @@ def test_interrupt_is_130(run, monkeypatch):
 
     monkeypatch.setattr("laco.describe.catalogue", interrupt)
     assert run("methods")[0] == 130
+
+
+def test_the_package_is_the_program():
+    done = subprocess.run([sys.executable, "-m", "laco", "methods", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("laco: there is no method 'nothing'")
 
 
 def test_the_program_is_quiet(talker_directory, picture):

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from laco import LacoError
-from laco.files import alone_in, atomic_directory, exchange, write_file
+from laco.files import alone_in, atomic_directory, exchange, refuse_source, write_file
 
 
 def write(directory: Path, tag: str, count: int = 20) -> None:
     with atomic_directory(directory) as beside:
-        for index in range(count):
-            (beside / f"{index}.txt").write_text(tag)
+        for name in ["config.json", *(f"{index}.txt" for index in range(1, count))]:
+            (beside / name).write_text(tag)
 
 
 def tags(directory: Path) -> set[str]:
@@ -38,7 +38,7 @@ def test_an_exception_leaves_what_was_there(tmp_path):
 
     def interrupted() -> None:
         with atomic_directory(tmp_path / "d") as beside:
-            (beside / "0.txt").write_text("new")
+            (beside / "config.json").write_text("new")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -56,7 +56,32 @@ def test_a_directory_with_other_things_is_not_replaced(foreign, tmp_path):
         (tmp_path / "d" / foreign).mkdir()
     with pytest.raises(LacoError, match=f"holds other things, such as {foreign}"):
         write(tmp_path / "d", "new")
-    assert (tmp_path / "d" / "0.txt").read_text() == "old"
+    assert (tmp_path / "d" / "config.json").read_text() == "old"
+
+
+def test_only_models_and_empty_directories_are_replaced(tmp_path):
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d", "new")
+    (tmp_path / "work").mkdir()
+    for name in ("thesis.md", "data.json"):
+        (tmp_path / "work" / name).write_text("precious")
+    with pytest.raises(LacoError, match=r"work holds no saved model, but data\.json; give a new or empty directory"):
+        write(tmp_path / "work", "new")
+    assert tags(tmp_path / "work") == {"precious"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "compressor_config.json").write_text("old")
+    write(tmp_path / "adapter", "new")
+    assert tags(tmp_path / "adapter") == {"new"}
+
+
+def test_what_is_read_is_not_what_is_written(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    for one, other in (("model", "model"), ("link", "model"), ("model", "link"), ("model/../link", "model")):
+        with pytest.raises(LacoError, match="is the model that is read, which would be lost"):
+            refuse_source(tmp_path / one, tmp_path / other)
+    refuse_source(tmp_path / "new", tmp_path / "model")
+    refuse_source(tmp_path / "model", "on-the/hub")
 
 
 def test_a_file_is_no_directory_and_the_reverse(tmp_path):

@@ -16,7 +16,7 @@ from laco.files import alone_in
 from laco.healing import HALVED_HEALED, NONE, Job, Protocol, Variant, average_interval, comparison, run_study, variant
 from laco.healing.job import recipe_of, with_less_detail
 from laco.healing.run import jobs_of
-from laco.healing.summary import STUDENT_T, pooled, seed_interval
+from laco.healing.summary import STUDENT_T, pooled, seed_interval, student_t
 
 
 def score(hits: int, n: int) -> FamilyScore:
@@ -113,9 +113,12 @@ def test_the_interval_over_seeds_is_students() -> None:
     low, high = seed_interval([40, 50, 60])
     assert (low, high) == pytest.approx((50 - 4.303 * 10 / 3**0.5, 50 + 4.303 * 10 / 3**0.5))
     assert seed_interval([0.0, 1.0])[0] == 0
-    values = list(STUDENT_T.values())
+    values = [student_t(freedom) for freedom in range(1, 200)]
     assert values == sorted(values, reverse=True)
     assert values[-1] > NormalDist().inv_cdf(0.975)
+    known = {10: 2.228, 11: 2.201, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980}  # of printed tables
+    assert {freedom: round(student_t(freedom), 3) for freedom in known} == known
+    assert [student_t(freedom) for freedom in STUDENT_T] == list(STUDENT_T.values())
 
 
 def test_the_interval_of_a_mean_covers_it() -> None:

@@ -81,7 +81,9 @@ def test_rows_that_a_name_tells_apart_and_the_baselines(talker_directory: Path) 
 
 def test_each_window_side_stands_at_the_budget_that_it_comes_nearest_to() -> None:
     assert factors(BUDGETS, area) == {0.25: 2, 0.11: 3, 0.06: 4}
-    assert factors([0.5], area) == {0.5: 2}
+    assert factors([0.5], area) == {}  # 1/4 and 1/2 are no neighbours
+    assert factors([0.04], lambda side: {2: 0.25}.get(side, 1 / 36)) == {0.04: 3}  # too little by 1.44
+    assert factors([0.05], lambda side: {2: 0.25}.get(side, 1 / 36)) == {}  # and by 1.8
     assert factors([0.3, 0.2], area) == {0.3: 2}  # 1/4 is nearer to 0.3, as a ratio
 
 
@@ -265,6 +267,7 @@ def test_the_command_takes_what_is_there_and_writes_all_files(
         return capsys.readouterr().out
 
     page = output.parent / "zoo.md"
+    (output / "results.md").write_text("of a part")
     said = json.loads(command("--json", "--page", str(page)))
     assert said["lines"] == before.model_dump(mode="json")["lines"]
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -273,6 +276,7 @@ def test_the_command_takes_what_is_there_and_writes_all_files(
     assert (output / "results.csv").read_text().count("\n") == len(before.lines) + 1
     assert "![Accuracy against measured time](zoo.png)" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "results.md").read_text() == page.read_text().replace("(zoo.png)", "(results.png)")
 
     more = yaml.safe_load(file.read_text())
     more["rows"].append({"method": "average_pool", "name": "later", "layer": 2, "budgets": "factor"})

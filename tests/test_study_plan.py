@@ -106,6 +106,15 @@ def test_a_model_that_takes_mergers_alone_has_average_pool_where_windows_come_ne
     assert "average pool" not in plan.refused
 
 
+def test_windows_that_come_near_no_budget_stand_nowhere(talker_directory: Path) -> None:
+    """At 50 % alone, 2 x 2 leave half of what is wanted: the row says so, average pool is one of regions."""
+    rows = [{"method": "laco", "depth": 0.5, "budgets": "factor"}]
+    plan = make_plan(parse_study(recipe(talker_directory, budgets=[0.5], rows=rows, heal={})))
+    assert plan.refused == {"laco@1/2": "no window of r x r tokens leaves a share that is near a budget of this study"}
+    pools = [c.variant.method["method"] for c in plan.cases if c.row == "average pool" and c.variant.method]
+    assert pools == ["grid_pool", "grid_pool"]
+
+
 def test_padding_counts(talker_directory: Path) -> None:
     """Of 6 x 6 tokens r = 4 leaves 2 x 2 by padding, as r = 3 does, and 1 x 1 by cropping."""
     raw = recipe(talker_directory, budgets=[0.25, 0.11, 0.03])

@@ -1,6 +1,7 @@
 """What a study says of its answers and times: lines, verdicts, the page, the plot."""
 
 import csv
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from laco.study.plan import Case, place_of
 from laco.study.plot import BEST, accuracy_against_time, front
 from laco.study.recipe import Timing, parse_study
 from laco.study.results import Line, StudyResults, make_lines, verdicts
+from laco.study.run import run
 
 SAMPLES = [Sample("", (), "q", str(truth), "count") for truth in range(10)]
 BASELINES = {"random": "random_tokens", "uniform stride": "uniform_stride", "average pool": "average_pool"}
@@ -202,6 +204,25 @@ def test_the_model_as_it_is_is_in_every_table() -> None:
     ]
     alone = [line for line in lines if line.budget is None]
     assert groups(alone) == [[alone[0]], [alone[1]]]
+
+
+def test_a_budget_that_the_recipe_does_not_name_has_no_lines(
+    talker_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The input down-sampled by 2 is there to tell the hard questions, and stands at 25 %."""
+    raw = {"model": str(talker_directory), "budgets": [0.5], "seeds": [0], "timing": None}
+    recipe = parse_study({**raw, "output": str(tmp_path / "out")})
+
+    def all_finished(variants: list[Variant], protocol: Protocol, *_: Any, **__: Any) -> Study:
+        outcomes = [outcome(v, DOWN_SAMPLED_RIGHT if v.down_sample == 2 else NONE_RIGHT) for v in variants]
+        return Study(protocol=protocol, outcomes=outcomes, failures={})
+
+    monkeypatch.setattr(sys.modules["laco.study.run"], "finished_study", all_finished)
+    monkeypatch.setattr(Protocol, "judged_on", lambda _: SAMPLES)
+    results = run(recipe, finished=True)
+    assert {line.budget for line in results.lines} == {None, 0.5}
+    assert [line.hard.n for line in results.lines if line.hard] == [5] * len(results.lines)
+    assert "25 %, as it is" not in as_markdown(results, None)
 
 
 def test_runs_say_which_interval_a_row_has() -> None:

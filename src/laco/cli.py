@@ -111,6 +111,9 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Put a compressor into a model and save the result. It works at once and wants healing (laco train)."""
+    from laco.files import refuse_source
+
+    refuse_source(output, model)
     if output.exists() and not force:
         raise LacoError(f"{output} exists already; give another name or --force")
 
@@ -154,20 +157,30 @@ def compress(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file, see recipes/.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Instead of the recipe's output.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Ignore an unfinished earlier run.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start anew: ignore an unfinished run, replace a finished one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train what a recipe says; a run that was killed goes on where it stopped."""
     quiet()
     from laco.train import load_recipe
     from laco.train import train as run
+    from laco.train.run import refuse_finished
 
-    read = load_recipe(recipe)
+    read = load_recipe(recipe, output=output)
     started_from = read.model if read.new is None else read.new.weights
     for source in (started_from, read.distill.teacher if read.distill else None):
         if source is not None:
             check_model(source)
-    written = run(recipe, resume=not restart, progress=not as_json, output=output)
+    if not restart:
+        refuse_finished(read)
+    try:
+        written = run(recipe, resume=not restart, progress=not as_json, output=output)
+    except KeyboardInterrupt:
+        same = "the same command without --restart" if restart else "the same command"
+        print(f"laco: stopped; {same} goes on from what was saved last", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print_json({"output": str(written), "files": sorted(str(path) for path in written.iterdir())})
     else:

@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from laco.errors import LacoError
 
 # What saved models and compressors consist of; an existing directory with anything else is not replaced.
 OUR_SUFFIXES = frozenset({".json", ".jinja", ".jsonl", ".md", ".model", ".safetensors", ".txt"})
+# One of these makes a directory a saved model or compressor; what has neither is not replaced unless it is empty.
+OUR_MARKS = ("config.json", "compressor_config.json")
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
@@ -28,8 +30,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     behind, hidden beside `path`.
 
     Raises:
-        LacoError: the disk is full or may not be written, `path` is a file, or a directory that holds other
-            things than those just written and files of saved models. Nothing has changed then.
+        LacoError: the disk is full or may not be written, `path` is a file, or a directory that holds no saved
+            model, or other things beside it. Nothing has changed then.
     """
     path = Path(path).absolute()
     try:
@@ -39,8 +41,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield beside
-            if path.exists():
-                refuse_foreign(path, beside)
+            refuse_foreign(path, [entry.name for entry in beside.iterdir()])
             beside.chmod(0o777 & ~current_umask())
             sync(beside)
             put_in_place(beside, path)
@@ -90,11 +91,25 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         raise LacoError(f"cannot write {path}: {error.strerror or error}; nothing has changed") from error
 
 
-def refuse_foreign(old: Path, new: Path) -> None:
-    """A directory is replaced only if nothing but a saved model can be lost by it."""
-    for entry in sorted(old.iterdir()):
-        if not (new / entry.name).exists() and (entry.is_dir() or entry.suffix not in OUR_SUFFIXES):
+def refuse_foreign(old: Path, new: Collection[str] = ()) -> None:
+    """A directory is replaced only if nothing but a saved model can be lost by it; `new` are names that come again."""
+    there = sorted(old.iterdir()) if old.exists() else []
+    for entry in there:
+        if entry.name not in new and (entry.is_dir() or entry.suffix not in OUR_SUFFIXES):
             raise LacoError(f"{old} holds other things, such as {entry.name}; give a new or empty directory")
+    if there and not holds_model(old):
+        raise LacoError(f"{old} holds no saved model, but {there[0].name}; give a new or empty directory")
+
+
+def holds_model(directory: Path) -> bool:
+    """Whether a model or a compressor was saved there."""
+    return any((directory / name).is_file() for name in OUR_MARKS)
+
+
+def refuse_source(output: str | Path, source: str | Path) -> None:
+    """`LacoError` if what is written would replace the very directory that it is made from, by whatever name."""
+    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+        raise LacoError(f"{output} is the model that is read, which would be lost; give another output")
 
 
 def put_in_place(new: Path, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation of real tiny models: what is fed, what is counted, and that nothing else changes the numbers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from laco.data import Sample, load_samples
 from laco.errors import LacoError
 from laco.evaluate import answer, evaluate, prompt
 from laco.evaluate.generation import encode, encode_once, greedy
+from laco.evaluate.report import command
 from laco.families.compat import TAKES_FEATURES
 
 QUESTIONS = ("hi?", "what is it?", "which word is written?")
@@ -271,3 +273,9 @@ def test_public_sets_where_they_are_present(talker):
         report = evaluate(*talker, samples, max_new_tokens=2, progress=False)
         assert report.samples == 6
         assert report.visual_tokens == 36
+
+
+@pytest.mark.parametrize(("program", "wanted"), [("/bin/laco", "laco"), ("/lib/laco/__main__.py", "python -m laco")])
+def test_the_command_is_one_that_can_be_typed(monkeypatch, program, wanted):
+    monkeypatch.setattr(sys, "argv", [program, "eval", "a model"])
+    assert command() == f"{wanted} eval 'a model'"

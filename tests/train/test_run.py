@@ -198,6 +198,37 @@ def test_a_mistake_leaves_nothing_behind(
     assert Path("a-file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("key", ["model", "new", "distill"])
+def test_what_is_read_is_not_overwritten(base: Path, tmp_path: Path, key: str) -> None:
+    (tmp_path / "link").symlink_to(base)
+    keys = {
+        "model": {"model": str(base)},
+        "new": {"new": {"weights": str(base)}},
+        "distill": {"distill": {"teacher": str(base)}},
+    }[key]
+    before = weights(base)
+    with pytest.raises(LacoError, match="link is the model that is read"):
+        quiet_run(tmp_path / "link", **keys)
+    assert weights(base).keys() == before.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_may_not_be_replaced_shows_before_training(
+    base: Path, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.md").write_text("precious")
+    module = sys.modules["laco.train.run"]
+    for name in ("_start", "_launch"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it went on"))
+    given = tmp_path / "recipe.json"
+    given.write_text(recipe(tmp_path / "out", model=str(base), processes=processes).model_dump_json())
+    with pytest.raises(LacoError, match=r"out holds no saved model, but thesis\.md"):
+        train(given, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.json"]
+
+
 def test_what_was_killed_before_it_trained_is_no_other_run(base: Path, tmp_path: Path) -> None:
     work = work_directory(recipe(tmp_path / "out"))
     (work / "00-answer").mkdir(parents=True)

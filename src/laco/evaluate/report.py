@@ -185,4 +185,5 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command that runs, as one would type it."""
     program, *arguments = sys.argv or [""]
-    return shlex.join([Path(program).name, *arguments])
+    name = Path(program).name
+    return shlex.join(["python", "-m", "laco", *arguments] if name == "__main__.py" else [name, *arguments])

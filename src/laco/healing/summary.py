@@ -1,7 +1,7 @@
 """Variants over their seeds: means and intervals."""
 
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,7 +10,7 @@ from laco.evaluate import FamilyScore
 from laco.evaluate.scores import wilson
 from laco.healing.variants import Outcome, Protocol
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal distribution's is near enough.
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; above, `student_t` has a series that is near enough.
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -85,9 +85,11 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
 
 
 def differing(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-    """The runs that count: one alone where all score the same, as a seed that changes nothing adds no evidence."""
-    first, *others = (outcome.report.families for outcome in outcomes)
-    return outcomes if any(families != first for families in others) else outcomes[:1]
+    """The runs that count: all that were trained; of others one alone where all answer the same, as a seed that
+    changes nothing adds no evidence.
+    """
+    is_trained = outcomes[0].job.variant.heal
+    return outcomes if is_trained or any(o.answers != outcomes[0].answers for o in outcomes) else outcomes[:1]
 
 
 def pooled(scores: Sequence[FamilyScore]) -> FamilyScore:
@@ -100,8 +102,24 @@ def pooled(scores: Sequence[FamilyScore]) -> FamilyScore:
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of the mean over seeds, in per cent, cut to 0 .. 100."""
-    half = STUDENT_T.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
+    half = student_t(len(values) - 1) * stdev(values) / len(values) ** 0.5
     return max(fmean(values) - half, 0.0), min(fmean(values) + half, 100.0)
+
+
+def student_t(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: above the table by its expansion around the normal distribution's
+    (Abramowitz and Stegun 1964, 26.7.5), which is right to three decimals there.
+    """
+    if freedom in STUDENT_T:
+        return STUDENT_T[freedom]
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def average_interval(scores: Sequence[FamilyScore]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from laco.methods import DecoderMethod, get
-from laco.study.recipe import BASELINES, Row, StudyRecipe, area, factors, percent
+from laco.study.recipe import BASELINES, Row, StudyRecipe, area, nearest_side, percent
 from laco.study.results import Line, StudyResults, by_state
 
 
@@ -40,7 +40,7 @@ def why_absent(row: Row, group: Sequence[Line], recipe: StudyRecipe) -> str | No
     assert budget is not None
     if budget not in row.at(recipe.budgets):
         if row.budgets == "factor":
-            side = factors([budget], area)[budget]
+            side = nearest_side(budget, area)
             return f"the window that comes nearest, {side} x {side}, leaves {percent(side**-2)}"
         if issubclass(get(row.method), DecoderMethod):
             return (

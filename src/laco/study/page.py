@@ -20,10 +20,10 @@ OWN_LOSS = "†"
 LEGEND = {
     "tokens": "visual tokens that a layer of the language model computes, on average",
     "accuracy": "mean of the families of questions in per cent, ± half of its 95 % interval",
-    "runs": "with a seed each, whose scores differ; they tell which interval it is. With 1 (nothing is random, or no"
-    " seed changes a score) it comes from the number of questions. With more it is Student's t over the runs: it holds"
-    " the chance of training and of random choice, but not that of the questions, which are the same for all, and where"
-    " runs agree by luck it is too narrow",
+    "runs": "with a seed each, healed or of differing answers; they tell which interval it is. With 1 (nothing is"
+    " random, or no seed changes an answer) it comes from the number of questions. With more it is Student's t over the"
+    " runs: it holds the chance of training and of random choice, but not that of the questions, which are the same for"
+    " all, and where runs agree by luck it is too narrow",
     "hard, easy": "accuracy on the questions that the down-sampled input (factor 2, not trained) gets wrong, and on the"
     " others: the view of VTC-Bench (arXiv 2510.07143)",
     "loyalty": "answers that equal those of the model as it is, in per cent",

@@ -58,7 +58,8 @@ def make_plan(recipe: StudyRecipe) -> Plan:
         reasons: dict[str, str] = {}
         found: list[Case] = []
         there = {case.budget for case in cases if case.row == row.label}
-        for budget, settings in row.at(recipe.budgets, partial(trial.left, row)).items():
+        standing = row.at(recipe.budgets, partial(trial.left, row))
+        for budget, settings in standing.items():
             if budget in there:
                 continue
             method = row.build(settings)
@@ -68,7 +69,9 @@ def make_plan(recipe: StudyRecipe) -> Plan:
             place = "baseline" if is_baseline else place_of(method)
             given = {"method": row.method, **settings}
             found += in_both_states(recipe, row.label, place, budget, given, row, method=method.to_dict())
-        if not found and not reasons and not there:
+        if not is_baseline and not standing:
+            reasons = {row.label: "no window of r x r tokens leaves a share that is near a budget of this study"}
+        elif standing and not found and not reasons and not there:
             reasons = {row.label: why_nothing(row, recipe.heal is not None)}
         cases += found
         refused |= reasons if there else by_row(row.label, reasons)  # only some budgets, if it stands at others

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from math import log
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ def area(side: int) -> float:
     return side**-2
 
 
+# So many times its budget a method may read, with more it is compared with no baseline; windows come as near to it.
+SLACK = 1.5
 RANDOM, DOWN_SAMPLED = "random", "down-sampled input"
 BASELINES = ("none", DOWN_SAMPLED, RANDOM, "uniform stride", "average pool")  # rows that every study has
 
@@ -42,7 +44,8 @@ class Row(BaseModel):
         name: in tables; by default the method's, with its depth.
         budgets: how the method comes to a budget. The name of a setting that gets the budget as it is, a fraction
             (`keep`); `factor`, which gets the window side r that leaves nearest to it; or {budget: settings} for what
-            takes more than that. A budget that is left out, or whose factor comes nearer to another, has no row.
+            takes more than that. A budget that is left out, whose factor comes nearer to another, or which no factor
+            comes near has no row.
         as_it_is: whether it is judged without training; by default if it has nothing to train.
         heal: whether it is judged after healing, too, or at which budgets only.
     """
@@ -225,16 +228,33 @@ def percent(budget: float) -> str:
 
 
 def factors(budgets: list[float], left: Callable[[int], float]) -> dict[float, int]:
-    """{budget: window side r > 1} that leaves what is nearest to the budget, as a ratio; what is left several times
-    (on a grid of 6 x 6, 2 x 2 tokens by r = 3, 4 and 5) only once, at the budget that it comes nearest to.
+    """{budget: window side r > 1} that leaves what is nearest to the budget, off it by a ratio of `SLACK` at most; what
+    is left several times (on a grid of 6 x 6, 2 x 2 tokens by r = 3, 4 and 5) only once, at the budget that it comes
+    nearest to.
     """
+    left = cache(left)  # a model is built for every side
+    sides = {budget: nearest_side(budget, left) for budget in budgets}
+    shares = {budget: left(side) for budget, side in sides.items()}
+    return {
+        budget: side
+        for budget, side in sides.items()
+        if budget == min(budgets, key=lambda other: off(shares[budget], other)) and off(shares[budget], budget) <= SLACK
+    }
+
+
+def nearest_side(budget: float, left: Callable[[int], float]) -> int:
+    """The smallest window side r > 1 that leaves what is nearest to a budget, as a ratio."""
     sides: dict[float, int] = {}
     for r in range(2, 33):
         sides.setdefault(left(r), r)
-        if min(sides) <= min(budgets):  # larger windows leave less
+        if min(sides) <= budget:  # larger windows leave less
             break
-    nearest = {budget: min(sides, key=lambda tokens: abs(log(tokens / budget))) for budget in budgets}
-    return {b: sides[t] for b, t in nearest.items() if b == min(budgets, key=lambda other: abs(log(t / other)))}
+    return sides[min(sides, key=lambda share: off(share, budget))]
+
+
+def off(share: float, budget: float) -> float:
+    """How many times too much or too little a share of the visual tokens is; 1 = just the budget."""
+    return max(share / budget, budget / share)
 
 
 def down_sampling(budget: float) -> float:

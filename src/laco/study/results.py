@@ -15,11 +15,10 @@ from laco.healing.summary import differing
 from laco.methods import get
 from laco.study.measure import Cost, Costs, key_of
 from laco.study.plan import Case, Place
-from laco.study.recipe import DOWN_SAMPLED, RANDOM, percent
+from laco.study.recipe import DOWN_SAMPLED, RANDOM, SLACK, percent
 from laco.world import FAMILIES
 
 MEASURED = {"healed", "method", "seeds", "runs", "visual_tokens", "average", "low", "high", "loyalty"}  # of a summary
-SLACK = 1.5  # so many times its budget a method may read; with more it is compared with no baseline
 
 
 class Line(BaseModel):

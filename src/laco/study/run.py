@@ -64,7 +64,9 @@ def run(
         costs = measure_costs(
             methods, protocol.model, recipe.timing, times, data=protocol.data, again=retime, progress=progress
         )
-    lines = make_lines(plan.cases, study, protocol.judged_on(), costs)
+    found = make_lines(plan.cases, study, protocol.judged_on(), costs)
+    # What was run only to know the hard questions stands at no budget of the recipe.
+    lines = [line for line in found if line.budget is None or line.budget in recipe.budgets]
     shown = {line.row for line in lines}
     refused = plan.refused | {row: reason for row, reason in part.refused.items() if row not in shown}
     return StudyResults(
@@ -115,23 +117,23 @@ def untimed(cases: Sequence[Case], costs: Costs) -> dict[str, str]:
 
 
 def write(results: StudyResults, output: str | Path, page: str | Path | None = None) -> list[Path]:
-    """Writes results.json, results.csv, and a page with its plot; returns their paths.
+    """Writes results.json, results.csv, and results.md with its plot; returns their paths.
 
     Args:
         output: directory.
-        page: the Markdown file; its plot stands beside it. By default results.md in `output`.
+        page: a Markdown file that gets the page, too; its plot stands beside it.
     """
     output = Path(output)
-    page = output / "results.md" if page is None else Path(page)
-    picture = page.with_suffix(".png")
-    is_timed = any(line.cost for line in results.lines)
     texts: dict[Path, str | bytes] = {
         output / "results.json": results.model_dump_json(indent=1) + "\n",
         output / "results.csv": as_csv(results),
-        page: as_markdown(results, picture.name if is_timed else None),
     }
-    if is_timed:
-        texts[picture] = as_png(accuracy_against_time(results.lines))
+    plot = as_png(accuracy_against_time(results.lines)) if any(line.cost for line in results.lines) else None
+    for place in [output / "results.md", *([] if page is None else [Path(page)])]:
+        picture = place.with_suffix(".png")
+        texts[place] = as_markdown(results, picture.name if plot else None)
+        if plot:
+            texts[picture] = plot
     for path, text in texts.items():
         write_file(path, text)
     return list(texts)

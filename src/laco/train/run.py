@@ -29,7 +29,7 @@ from laco.evaluate import evaluate
 from laco.evaluate.generation import check_answers
 from laco.families import family_of
 from laco.families.compat import checkpoint_activations
-from laco.files import write_file
+from laco.files import holds_model, refuse_foreign, refuse_source, write_file
 from laco.methods import from_dict
 from laco.surgery import compress
 from laco.train.card import model_card
@@ -62,6 +62,7 @@ def train(recipe_path: str | Path, *, resume: bool = True, progress: bool = True
     """
     recipe = load_recipe(recipe_path, **overrides)
     if recipe.processes > 1 and not {_LAUNCHED, "LOCAL_RANK"} & os.environ.keys():
+        _check_places(recipe, work_directory(recipe), resume)  # said once, not by every process
         _launch(recipe, resume, progress)
         return Path(recipe.output)
     return run(recipe, resume=resume, progress=progress)
@@ -141,11 +142,24 @@ def _check_places(recipe: Recipe, work: Path, resume: bool) -> None:
     there = next(path for path in (output, *output.parents) if path.exists())
     if not there.is_dir():
         raise LacoError(f"{there} is a file; give the name of a directory as output")
+    teacher = recipe.distill.teacher if recipe.distill else None
+    for source in (recipe.model, recipe.new.weights if recipe.new else None, teacher):
+        if source is not None:
+            refuse_source(output, source)
+    refuse_foreign(output)
     if recipe.evaluate is not None:
         load_samples(recipe.evaluate.data, limit=1)
     kept = work / "recipe.json"
     if resume and kept.exists() and _has_trained(work) and json.loads(kept.read_text()) != _wanted(recipe):
         raise LacoError(f"{work} holds an unfinished run of another recipe; start anew with --restart, or remove it")
+
+
+def refuse_finished(recipe: Recipe) -> None:
+    """Raises `LacoError` where a model lies that is trained already, unless a run that was stopped is to replace it."""
+    work = work_directory(recipe)
+    _check_places(recipe, work, resume=True)
+    if holds_model(Path(recipe.output)) and not _has_trained(work):
+        raise LacoError(f"{recipe.output} holds a model already; give another output, or --restart to train it anew")
 
 
 def _check_stages(recipe: Recipe, model: PreTrainedModel, processes: int) -> list[Source]:
