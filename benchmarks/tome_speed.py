@@ -6,8 +6,8 @@ Ours with eager attention and with SDPA, and the uncompressed encoders, beside t
 plainly in the layers of the same encoder, with the whole attention map. Random weights, the same tokens merged by all:
 outputs are compared before anything is timed. At 224 pixels, and at 384 and 512 (one picture; SigLIP-B has weights for
 all three), where attention is more of the work. Takes about 20 minutes on two cores. Writes
-benchmarks/results/tome_speed.json and .md; `--layers 2 --rounds 2` is a trial. Goals: eager no slower than the plain
-one, SDPA faster.
+benchmarks/results/tome_speed.json and .md; `--layers 2 --rounds 2` is a trial, and `--pixels 224 --batch 8 --rounds 20
+--results out/tome` looks closer at some cases. Goals: eager no slower than the plain one, SDPA faster.
 """
 
 import argparse
@@ -219,12 +219,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=9, help="three times as many at batch 1, which is noisy")
+    parser.add_argument("--pixels", type=int, nargs="+", help="only pictures of these sizes")
+    parser.add_argument("--batch", type=int, nargs="+", help="only batches of these sizes")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     keep_memory()
     rows = []
+    cases = [
+        (pixels, r, batch)
+        for pixels, r, batch in CASES
+        if pixels in (given.pixels or [pixels]) and batch in (given.batch or [batch])
+    ]
+    if not cases:
+        parser.error("there is no such case")
     for name in SHAPES:
-        for pixels, r, batch in CASES:
+        for pixels, r, batch in cases:
             rounds = given.rounds * (3 if batch == 1 else 1)
             rows.append(measure(name, pixels, given.layers, r, batch, rounds))
             print(rows[-1]["milliseconds"], rows[-1]["speedup_over_plain"]["laco, SDPA"], flush=True)

@@ -391,14 +391,3 @@ def test_a_model_that_shares_its_configuration_with_another_gets_its_own():
     assert type(teacher.config) is LlavaConfig
     assert student.config.vision_config is student.model.vision_tower.config
     assert student.config.text_config is student.model.language_model.config
-
-
-@pytest.mark.parametrize(
-    "method", [laco.LaCo(layer=1, factor=7), laco.AveragePool(factor=7)], ids=["inside", "outside"]
-)
-def test_windows_larger_than_the_grid(method):
-    model, processor = tiny.llava()
-    before = state_of(model, processor)
-    with pytest.raises(laco.LacoError, match="windows of 7 x 7 tokens are larger than the grid of 6 x 6"):
-        laco.compress(model, processor, method)
-    assert state_of(model, processor) == before

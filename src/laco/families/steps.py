@@ -113,11 +113,6 @@ def effective_patch_size(
     sides, patches = image_sides(image_size), image_sides(patch_size)
     grid = Grid(1, *(side // patch for side, patch in zip(sides, patches, strict=True)))
     for step in steps:
-        if (factor := step.merger.factor) > max(grid.height, grid.width):
-            raise LacoError(
-                f"{step.merger.name}: windows of {factor} x {factor} tokens are larger than the grid of {grid.height} x"
-                f" {grid.width}"
-            )
         grid = step.merger.num_tokens(grid)
     effective = []
     for pixels, side in zip(sides, grid[1:], strict=True):
