@@ -162,9 +162,11 @@ def coverage(
     """
     covered_M = torch.zeros_like(similarity_MN[:, 0])
     gain_N = torch.zeros_like(similarity_MN[0], dtype=torch.double)
-    space_RN = torch.empty_like(similarity_MN[:block])  # once: taking memory anew costs more than what is done in it
+    # Once: taking memory anew, as a sum in another dtype does, too, costs more than what is done in it.
+    space_RN = torch.empty_like(similarity_MN[:block])
+    exact_RN = torch.empty_like(space_RN, dtype=torch.double)
     for part_RN in similarity_MN.split(block):
-        gain_N += torch.clamp(part_RN, min=0, out=space_RN[: len(part_RN)]).sum(dim=0, dtype=torch.double)
+        gain_N += exact_RN[: len(part_RN)].copy_(part_RN).clamp_(min=0).sum(dim=0)
     weight_N = torch.ones_like(gain_N) if weight_N is None else weight_N.double()
     free_N = torch.zeros_like(gain_N) if bonus_N is None else bonus_N.to(gain_N)  # -inf once it is picked
     picks: list[Tensor] = []
@@ -179,7 +181,7 @@ def coverage(
             part_RN = torch.index_select(similarity_MN, 0, rows_R, out=space_RN[: len(rows_R)])
             torch.minimum(part_RN, new_R1, out=part_RN)
             torch.maximum(part_RN, old_R1, out=part_RN)
-            gain_N -= part_RN.sum(dim=0, dtype=torch.double)
+            gain_N -= exact_RN[: len(rows_R)].copy_(part_RN).sum(dim=0)
             gain_N += old_R1.sum(dtype=torch.double)
         covered_M = torch.maximum(covered_M, seen_M)
     return torch.cat(picks)
