@@ -93,7 +93,8 @@ class ReducedLanguageModel(PreTrainedModel):
             check_cache(past_key_values)
             inputs_embeds = without_rest(self, prompt, inputs_embeds, attention_mask, position_ids, kwargs)
         keep_BL = ~inputs_embeds[..., 0].isnan()
-        if visual_BL is not None and not (keep_BL | visual_BL).all():
+        everything = bool(keep_BL.all())
+        if not everything and visual_BL is not None and not (keep_BL | visual_BL).all():
             raise LacoError("the embeddings of text are NaN")
         if (short := SHORT.get()) is not None:
             keep_BL = keep_BL & ~short.padding_BL
@@ -102,7 +103,7 @@ class ReducedLanguageModel(PreTrainedModel):
         drops = self.method is not None and prompt is not None and bool((prompt.visual_BL & keep_BL).any())
         if self.method is not None and learns(self.method, self):
             drops = drops and LESSON.get() is not None
-        if keep_BL.all() and past is None and not drops and short is None:
+        if everything and past is None and not drops and short is None:
             return super().forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,

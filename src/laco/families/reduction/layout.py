@@ -58,7 +58,7 @@ def laid_out(tokens_nD: Tensor, choices: Sequence[Choice], project: Callable[[Te
         else:
             weights = plan.weights
             assert weights is not None
-            values = (weights[:, prefix:] @ tokens_nD[rows].to(weights.dtype)).to(tokens_nD.dtype)
+            values = Plan(plan.kept, weights[:, prefix:])(tokens_nD[rows])
         out_nD = out_nD.index_copy(0, place[shown], values[shown].to(out_nD.dtype))
         part_n[rows] = number
     return with_breaks(tokens_nD, out_nD, part_n)

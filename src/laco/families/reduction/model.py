@@ -209,7 +209,7 @@ class ReducedModel(KeepsSignatures, TakesShortPrompts):
         """Raises `LacoError` where tokens are NaN, which none are yet but those that a reducer drops."""
         if getattr(self.pictures.encoder(self).config, "reducer", None) and self.pictures.by_token:
             return  # `on_full_grids` and `around_missing` look at the others
-        if any(row.isnan().any() for row in tokens):
+        if len(tokens) and torch.stack([row.isnan().any() for row in tokens]).any():
             raise LacoError("the vision encoder or the projector puts out NaN")
 
     def laid_out_level(self, level: Any, choices: Sequence[Sequence[Choice]], lengths: Sequence[int]) -> Any:
